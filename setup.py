@@ -1,0 +1,81 @@
+"""Build pyrlk: CMake + Ninja compile csrc/ into pyrlk._C; triton_kernels/ installs as pyrlk.triton_kernels.
+
+Metadata lives in pyproject.toml. torch is not needed to build.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeExtension(Extension):
+    def __init__(self, name: str, source: str):
+        super().__init__(name, sources=[])
+        self.source = ROOT / source
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: CMakeExtension) -> None:
+        import pybind11
+
+        destination = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        build.mkdir(parents=True, exist_ok=True)
+        cmake, ninja = self._tool("cmake"), self._tool("ninja")
+        configure = [
+            cmake,
+            "-S", str(ext.source),
+            "-B", str(build),
+            "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('PYRLK_BUILD_TYPE', 'Release')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]  # fmt: skip
+        self._run(configure)
+        self._run([cmake, "--build", str(build)])
+        self._run([cmake, "--install", str(build), "--prefix", str(destination)])
+
+    @staticmethod
+    def _tool(name: str) -> str:
+        # The environment's own tool first: a system ninja of another version rebuilds everything.
+        beside = Path(sys.executable).parent / name
+        found = str(beside) if beside.exists() else shutil.which(name)
+        if found is None:
+            raise SystemExit(f"pyrlk needs {name} to build: pip install {name}")
+        return found
+
+    @staticmethod
+    def _run(command: list[str]) -> None:
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"pyrlk: `{' '.join(command[:2])} …` failed with status {error.returncode}. A C++17 "
+                "compiler with OpenMP is needed (Debian: apt install g++; macOS is not supported). "
+                "The compiler's own message is above."
+            ) from None
+
+
+setup(
+    packages=[
+        "pyrlk",
+        "pyrlk.weights",
+        "pyrlk.demo",
+        "pyrlk.bench",
+        "pyrlk.triton_kernels",
+    ],
+    package_dir={"pyrlk.triton_kernels": "triton_kernels", "pyrlk.bench": "bench"},
+    package_data={"pyrlk": ["py.typed", "_C.pyi"]},
+    ext_modules=[CMakeExtension("pyrlk._C", "csrc")],
+    cmdclass={"build_ext": CMakeBuild},
+)

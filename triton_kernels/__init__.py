@@ -1,0 +1,7 @@
+"""Triton kernels of pyrlk, one file an op. A leaf: imports torch, triton and itself, nothing else."""
+
+if __name__ == "triton_kernels":
+    raise ImportError(
+        "this folder is pyrlk.triton_kernels; another package owns the name triton_kernels. "
+        "Do not put pyrlk's source folder on sys.path"
+    )
