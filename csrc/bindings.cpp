@@ -2,6 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "memory/cuda_driver.h"
+#include "memory/memfd.h"
+#include "memory/pack.h"
+#include "memory/threads.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -10,7 +21,167 @@ namespace {
 void bind_kernels(py::module_& module) { (void)module; }
 
 // memory/: packing, shared memory, CUDA handles.
-void bind_memory(py::module_& module) { (void)module; }
+void bind_memory(py::module_& module) {
+  using Address = std::uint64_t;
+  // (address, offset, itemsize, sizes, strides), a tensor and its place in the buffer.
+  using PyPiece = std::tuple<Address, std::uint64_t, std::int32_t, std::vector<std::int64_t>,
+                             std::vector<std::int64_t>>;
+  using Sums = std::vector<std::uint64_t>;
+  static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+  static const auto to_pieces = [](const std::vector<PyPiece>& items) {
+    std::vector<pyrlk::Piece> pieces(items.size());
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const auto& [address, offset, itemsize, sizes, strides] = items[i];
+      if (sizes.size() != strides.size() || sizes.size() > pyrlk::kMaxDims) {
+        throw py::value_error("sizes and strides must have the same length, at most 16");
+      }
+      pyrlk::Piece& piece = pieces[i];
+      piece.data = pointer(address);
+      piece.offset = offset;
+      piece.itemsize = itemsize;
+      piece.ndim = static_cast<std::int32_t>(sizes.size());
+      std::copy(sizes.begin(), sizes.end(), piece.sizes);
+      std::copy(strides.begin(), strides.end(), piece.strides);
+    }
+    return pieces;
+  };
+
+  module.def("usable_threads", &pyrlk::usable_threads, py::arg("requested"));
+  module.def(
+      "pack",
+      [](Address buffer, std::uint64_t bytes, const std::vector<PyPiece>& items, bool checksum,
+         int threads) {
+        const auto pieces = to_pieces(items);
+        Sums sums(checksum ? pieces.size() : 0);
+        const py::gil_scoped_release nogil;
+        pyrlk::pack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
+                    checksum ? sums.data() : nullptr);
+        return sums;
+      },
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("pieces"), py::arg("checksum"),
+      py::arg("threads"));
+  module.def(
+      "unpack",
+      [](Address buffer, std::uint64_t bytes, const std::vector<PyPiece>& items, bool checksum,
+         int threads) {
+        const auto pieces = to_pieces(items);
+        Sums sums(checksum ? pieces.size() : 0);
+        const py::gil_scoped_release nogil;
+        pyrlk::unpack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
+                      checksum ? sums.data() : nullptr);
+        return sums;
+      },
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("pieces"), py::arg("checksum"),
+      py::arg("threads"));
+  module.def(
+      "checksum",
+      [](Address buffer, std::uint64_t bytes,
+         const std::vector<std::pair<std::uint64_t, std::uint64_t>>& items, int threads) {
+        std::vector<pyrlk::Range> ranges;
+        ranges.reserve(items.size());
+        for (const auto& [offset, size] : items) ranges.push_back({offset, size});
+        Sums sums(ranges.size());
+        const py::gil_scoped_release nogil;
+        pyrlk::checksum(pointer(buffer), bytes, ranges.data(), ranges.size(), threads, sums.data());
+        return sums;
+      },
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("ranges"), py::arg("threads"));
+
+  // std::system_error arrives as OSError with its errno.
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const std::system_error& error) {
+      const py::tuple args = py::make_tuple(error.code().value(), error.what());
+      PyErr_SetObject(PyExc_OSError, args.ptr());
+    }
+  });
+  module.def(
+      "segment_create",
+      [](std::uint64_t bytes) {
+        pyrlk::Segment segment;
+        {
+          const py::gil_scoped_release nogil;
+          segment = pyrlk::segment_create(bytes);
+        }
+        return py::make_tuple(segment.fd, reinterpret_cast<Address>(segment.address));
+      },
+      py::arg("bytes"));
+  module.def(
+      "segment_open",
+      [](int fd, std::uint64_t bytes) {
+        return reinterpret_cast<Address>(pyrlk::segment_open(fd, bytes));
+      },
+      py::arg("fd"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "segment_close",
+      [](Address address, std::uint64_t bytes) { pyrlk::segment_close(pointer(address), bytes); },
+      py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
+
+  namespace cuda = pyrlk::cuda;
+  static const auto to_bytes = [](const auto& array) {
+    return py::bytes(reinterpret_cast<const char*>(array.data()), array.size());
+  };
+  static const auto fill = [](auto& array, const std::string& bytes, const char* what) {
+    if (bytes.size() != array.size()) {
+      throw py::value_error(std::string(what) + " must have " + std::to_string(array.size()) +
+                            " bytes, got " + std::to_string(bytes.size()));
+    }
+    std::memcpy(array.data(), bytes.data(), bytes.size());
+  };
+  py::register_local_exception<cuda::CudaError>(module, "CudaError", PyExc_RuntimeError);
+  module.def("cuda_unavailable", &cuda::unavailable);
+  module.def("cuda_device_count", &cuda::device_count);
+  module.def(
+      "cuda_device_uuid", [](int device) { return to_bytes(cuda::device_uuid(device)); },
+      py::arg("device"));
+  module.def(
+      "cuda_device_by_uuid",
+      [](const py::bytes& bytes) {
+        cuda::Uuid uuid;
+        fill(uuid, bytes, "uuid");
+        return cuda::device_by_uuid(uuid);
+      },
+      py::arg("uuid"));
+  module.def("cuda_alloc", &cuda::alloc, py::arg("device"), py::arg("bytes"),
+             py::call_guard<py::gil_scoped_release>());
+  module.def("cuda_free", &cuda::free, py::arg("device"), py::arg("address"),
+             py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cuda_ipc_export",
+      [](int device, Address address) {
+        const cuda::Export out = cuda::ipc_export(device, address);
+        return py::make_tuple(to_bytes(out.handle), out.offset, out.bytes);
+      },
+      py::arg("device"), py::arg("address"));
+  module.def(
+      "cuda_ipc_open",
+      [](int device, const py::bytes& bytes) {
+        cuda::Handle handle;
+        fill(handle, bytes, "handle");
+        const py::gil_scoped_release nogil;
+        return cuda::ipc_open(device, handle);
+      },
+      py::arg("device"), py::arg("handle"));
+  module.def("cuda_ipc_close", &cuda::ipc_close, py::arg("device"), py::arg("base"),
+             py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cuda_copy_to_host",
+      [](int device, Address dst, Address src, std::uint64_t bytes) {
+        cuda::copy_to_host(device, pointer(dst), src, bytes);
+      },
+      py::arg("device"), py::arg("dst"), py::arg("src"), py::arg("bytes"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cuda_copy_to_device",
+      [](int device, Address dst, Address src, std::uint64_t bytes) {
+        cuda::copy_to_device(device, dst, pointer(src), bytes);
+      },
+      py::arg("device"), py::arg("dst"), py::arg("src"), py::arg("bytes"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def("cuda_synchronize", &cuda::synchronize, py::arg("device"),
+             py::call_guard<py::gil_scoped_release>());
+}
 
 }  // namespace
 

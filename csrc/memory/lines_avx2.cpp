@@ -1,0 +1,7 @@
+#include "memory/lines_impl.h"
+
+namespace pyrlk {
+
+const LineOps& lines_avx2() { return kOps; }
+
+}  // namespace pyrlk

@@ -1,0 +1,7 @@
+#include "memory/lines_impl.h"
+
+namespace pyrlk {
+
+const LineOps& lines_base() { return kOps; }
+
+}  // namespace pyrlk
