@@ -22,7 +22,8 @@ inline void put(void* p, int64_t i, double x, bool wide) {
   }
 }
 inline double temperature_at(Temperature tau, int64_t t, bool wide) {
-  return get(tau.per_token, t, wide, tau.value);
+  // float32 like the sampler's: equal arguments, equal bits.
+  return get(tau.per_token, t, wide, wide ? tau.value : double(float(tau.value)));
 }
 
 // The first token whose action is outside the vocabulary, or −1. Rows of weight 0 are not looked at.
