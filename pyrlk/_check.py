@@ -1,6 +1,7 @@
-"""Argument checks of the public functions: every error names the argument, what came, what is wanted.
+"""Argument checks of the public functions: an error names the argument, what came, what is wanted.
 
-Nothing here reads a tensor's values, so nothing synchronises; the CPU kernels check values themselves.
+Nothing here reads a tensor's values, so nothing synchronises; the CPU kernels check values
+themselves.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def logits(x, name: str = "logits") -> Tensor:
 
 
 def row_layout(x: Tensor, name: str = "logits") -> tuple[int, int, int, int]:
-    """(rows, inner, stride_outer, stride_inner): row t begins at (t // inner)·outer + (t % inner)·inner."""
+    """(rows, inner, outer, inner stride): row t begins at (t // inner)·outer + (t %
+    inner)·stride."""
     levels: list[tuple[int, int]] = []  # (size, stride), outermost first
     rows = 1
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):

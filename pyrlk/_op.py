@@ -1,13 +1,14 @@
 """How an op is made, and how tensors reach the kernels.
 
-An op is one torch.library schema with a `cpu` and a `cuda` kernel: the dispatcher is torch's. The C++
-side takes addresses; a tensor of logits becomes (address, dtype, rows, vocab, width, inner, strides).
+An op is one torch.library schema with a `cpu` and a `cuda` kernel: the dispatcher is torch's. The
+C++ side takes addresses; a tensor of logits becomes (address, dtype, rows, vocab, width, inner,
+strides).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _HUGE = 64 << 20
 
 
 def op(name: str, *, fake: Callable, cuda: Callable, mutates: tuple[str, ...] = ()) -> Callable:
-    """Registers the decorated CPU function as torch.ops.pyrlk.<name>, with its CUDA twin and fake."""
+    """Registers the decorated CPU function as torch.ops.pyrlk.<name>, with CUDA twin and fake."""
 
     def register(cpu: Callable) -> Any:
         made = torch.library.custom_op(
@@ -55,13 +56,17 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+@overload
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def flat(x: None, dtype: torch.dtype) -> None: ...
 def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A per-token input as the kernels want it: contiguous [T] of `dtype`."""
     return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """A fresh contiguous gradient; on CPU with huge pages, or the page faults cost more than the op."""
+    """A fresh contiguous gradient; with huge pages, or its page faults cost more than the op."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if grad.device.type == "cpu" and grad.nbytes > _HUGE:
         _C.advise_huge_pages(grad.data_ptr(), grad.nbytes)

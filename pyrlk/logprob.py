@@ -1,4 +1,4 @@
-"""log π(a) and entropy of each row, differentiable: statistics forward, one gradient sweep backward.
+"""log π(a) and entropy of each row, differentiable: one sweep forward, one sweep backward.
 
     logprob = z_a/τ − logsumexp(z/τ)        H = −Σ π·log π        π = softmax(z/τ)
     ∂ℓ/∂z = (1/τ)·[ g·(e_a − π) − h·π·(log π + H) ],  g = ∂ℓ/∂logprob,  h = ∂ℓ/∂H
@@ -45,7 +45,8 @@ def token_logprobs(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument. A token outside [0, V) is a ValueError with its index on CPU, NaN on CUDA.
+        Naming the argument. A token outside [0, V) is a ValueError with its index on CPU, NaN on
+        CUDA.
     """
     z = _check.logits(logits)
     shape = z.shape[:-1]

@@ -25,10 +25,11 @@ from .objective import AGGREGATIONS, DAPO, KL_KINDS, REINFORCE, TIS, Objective, 
 class PolicyStats(NamedTuple):
     """Statistics of a loss call: 0-d tensors on the device, means weighted by the mask.
 
-    entropy: H of the policy, nats. approx_kl: (r − 1) − log r, Schulman's estimate of KL(old‖policy).
-    ref_kl: the KL estimate of the loss, 0 without a reference. clip_low, clip_high: the share of tokens
-    with A < 0 and r < 1 − eps_low, with A > 0 and r > 1 + eps_high. ratio_mean, ratio_max: of r.
-    correction_mean: of the importance correction, 1 without. tokens: how many have a mask > 0.
+    entropy: H of the policy, nats. approx_kl: (r − 1) − log r, Schulman's estimate of
+    KL(old‖policy). ref_kl: the KL estimate of the loss, 0 without a reference. clip_low, clip_high:
+    the share of tokens with A < 0 and r < 1 − eps_low, with A > 0 and r > 1 + eps_high. ratio_mean,
+    ratio_max: of r. correction_mean: of the importance correction, 1 without. tokens: how many have
+    a mask > 0.
     """
 
     entropy: Tensor
@@ -57,8 +58,8 @@ def dapo_loss(
 
         loss = −Σ m·min(r·A, clip(r, 1−eps_low, 1+eps_high)·A) / Σ m,   r = exp(logπ(token) − old)
 
-    `policy_loss` with ``objective=DAPO(eps_low, eps_high)``: see there for shapes, the common options
-    and errors.
+    `policy_loss` with ``objective=DAPO(eps_low, eps_high)``: see there for shapes, the common
+    options and errors.
     """
     objective = DAPO(eps_low=eps_low, eps_high=eps_high)
     return policy_loss(
@@ -71,7 +72,8 @@ def reinforce_loss(
 ) -> Tensor | tuple[Tensor, PolicyStats]:
     """REINFORCE: loss = −Σ m·A·logπ(token) / Σ m, whose gradient is m·A·(π − e_a)/τ / Σ m.
 
-    `policy_loss` with ``objective=REINFORCE()``: see there for shapes, the common options and errors.
+    `policy_loss` with ``objective=REINFORCE()``: see there for shapes, the common options and
+    errors.
     """
     return policy_loss(logits, tokens, None, advantages, mask, objective=REINFORCE(), **common)
 
@@ -111,8 +113,9 @@ def policy_loss(
     mask : [...] bool, int or float weight ≥ 0, optional
         Where it is 0 nothing else is read, NaN included, and the gradient is 0.
     objective : an objective of pyrlk, or a callable
-        A callable takes (logprobs, old_logprobs, advantages, mask) and returns per-token losses, which
-        are averaged over the mask, or a 0-d loss; it runs through token_logprobs and autograd.
+        A callable takes (logprobs, old_logprobs, advantages, mask) and returns per-token losses,
+        which are averaged over the mask, or a 0-d loss; it runs through token_logprobs and
+        autograd.
     temperature : number > 0, or [...] float
     ref_logprobs, kl_coef, kl, kl_importance
         Adds kl_coef·KL(policy‖ref) by the estimator "k1", "k2" or "k3" with its exact gradient;
@@ -120,8 +123,8 @@ def policy_loss(
     entropy_coef : number
         Subtracts entropy_coef·H, with its true gradient.
     rollout_logprobs, correction
-        The engine's own log-probs, and TIS(...): w = exp(old − rollout), truncated, detached, multiplies
-        the policy term.
+        The engine's own log-probs, and TIS(...): w = exp(old − rollout), truncated, detached,
+        multiplies the policy term.
     vocab_size : int, optional
         Columns from there on are padding: not read, gradient 0.
     cu_seqlens : [sequences + 1] int32 or int64, optional
@@ -129,7 +132,8 @@ def policy_loss(
     normalizer : number or 0-d tensor > 0, optional
         Replaces Σ mask, or the number of sequences: see `pyrlk.normalizer`.
     inplace : bool
-        Write the gradient over the logits: no [T, V] memory. They must not be a leaf that requires grad.
+        Write the gradient over the logits: no [T, V] memory. They must not be a leaf that requires
+        grad.
     return_stats : bool
 
     Returns
@@ -227,8 +231,10 @@ def _options(
     kl_importance,
     entropy_coef,
     name="logits",
-) -> tuple:
-    """Checks what every policy loss takes beside its logits; returns the tensors of the op, in order."""
+) -> tuple[
+    Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]:
+    """Checks what every loss takes beside its logits; returns the tensors of the op, in order."""
     if isinstance(objective, type) or not (isinstance(objective, Objective) or callable(objective)):
         raise TypeError(
             f"objective must be an instance such as pyrlk.DAPO() or a callable, got {objective!r}"
@@ -348,7 +354,7 @@ def _prepare(
     seqs = _objective.sequences(shape, cu)
     rule = _objective.Weighting(AGGREGATIONS[aggregation], max_length)
     weight = _objective.token_weights(rule, m, seqs, normalizer)
-    spread = advantages if advantages.shape == shape else seqs.spread(advantages)
+    spread = advantages if advantages.shape == shape else _spread(seqs, advantages)
     spread = spread.to(dtype)
     factor = None
     if level:
@@ -364,7 +370,7 @@ def _prepare(
         _op.flat(ref, dtype),
         _op.flat(temperatures, dtype),
         m.reshape(-1),
-        factor,
+        None if factor is None else factor.reshape(-1),
     )
 
 
@@ -373,9 +379,15 @@ def _finish(plan: _Plan, per_token: Tensor, logprob: Tensor, entropy: Tensor | N
     loss = (per_token.double() * plan.weight.double()).sum().to(per_token.dtype)
     if not want:
         return loss, per_token.new_empty(0)
-    factor = None if plan.correction is None else plan.correction.reshape(-1)
     stats = _statistics(
-        logprob, plan.old, plan.advantages, plan.mask, plan.ref, entropy, factor, plan.terms
+        logprob,
+        plan.old,
+        plan.advantages,
+        plan.mask,
+        plan.ref,
+        entropy,
+        plan.correction,
+        plan.terms,
     )
     return loss, stats
 
@@ -581,7 +593,7 @@ def _attach_fake(logits, grad, loss):
 
 @_op.op("attach_grad", fake=_attach_fake, cuda=_attach)
 def _attach_grad(logits: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
-    """`loss` as a function of `logits` whose gradient is already known; backward consumes `grad`."""
+    """`loss` as a function of `logits` whose gradient is known; backward consumes `grad`."""
     return _attach(logits, grad, loss)
 
 
@@ -625,10 +637,10 @@ def policy_loss_from_logprobs(
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, PolicyStats]:
-    """The loss of `policy_loss` from log-probs [...] (float32 or float64), by plain torch and autograd.
+    """The loss of `policy_loss` from log-probs [...] (float32, float64): plain torch and autograd.
 
-    Arguments mean what they mean in `policy_loss`; `entropy` [...] is needed where entropy_coef is not
-    0. Differentiable in `logprobs` and `entropy`; masked places of both may hold anything.
+    Arguments mean what they mean in `policy_loss`; `entropy` [...] is needed where entropy_coef is
+    not 0. Differentiable in `logprobs` and `entropy`; masked places of both may hold anything.
     """
     z = _check.tensor("logprobs", logprobs)
     if z.dtype not in (torch.float32, torch.float64):
@@ -669,13 +681,15 @@ def policy_loss_from_logprobs(
     def clean(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.where(counted, x.to(dtype), 0)
 
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else clean(x.detach())
+
     spread = advantages if advantages.shape == shape else _spread(seqs, advantages)
-    advantages, old, ref, rollout = (
-        clean(None if x is None else x.detach()) for x in (spread, old, ref, rollout)
-    )
-    logprobs, entropy = clean(z), clean(entropy)
+    advantages = torch.where(counted, spread.detach().to(dtype), 0)
+    old, ref, rollout = constant(old), constant(ref), constant(rollout)
+    logprobs, entropy = torch.where(counted, z, 0), clean(entropy)
     policy_advantages, factor = advantages, None
-    if correction is not None:
+    if correction is not None and rollout is not None:
         behaviour = logprobs.detach() if old is None else old
         factor = _objective.correction_weights(correction, behaviour, rollout, m, seqs)
         policy_advantages = advantages * factor
@@ -702,11 +716,7 @@ def policy_loss_from_logprobs(
     if not return_stats:
         return loss
     with torch.no_grad():
-        flat = (
-            None if x is None else x.detach().reshape(-1)
-            for x in (logprobs, old, policy_advantages, m, ref, entropy, factor)
-        )
-        stats = _statistics(*flat, t)
+        stats = _statistics(logprobs, old, policy_advantages, m, ref, entropy, factor, t)
     return loss, PolicyStats(*stats.unbind())
 
 

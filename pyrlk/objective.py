@@ -1,4 +1,4 @@
-"""Policy objectives on per-token log-probs: plain torch, differentiable, the first of their three homes.
+"""Policy objectives on per-token log-probs: plain torch, differentiable, first of three homes.
 
     ratio r = exp(logp − old)         advantage A         weight m ≥ 0 of a token
     clipped surrogate   ℓ = −min( min(r, delta)·A, clip(r, 1−eps_low, 1+eps_high)·A )
@@ -6,8 +6,8 @@
     per token           ℓ + kl_coef·KL(logp, ref) − entropy_coef·H
     loss                Σ_t w_t·ℓ_t,  w_t from the aggregation below
 
-The same scalar function stands in csrc/kernels/objective.h and triton_kernels/objective.py under the
-same names; tests hold the three equal. Where A = 0 the policy term is 0, whatever the ratio is.
+The same scalar function stands in csrc/kernels/objective.h and triton_kernels/objective.py under
+the same names; tests hold the three equal. Where A = 0 the policy term is 0, whatever the ratio is.
 """
 
 from __future__ import annotations
@@ -35,13 +35,24 @@ def _check_number(
         raise ValueError(f"{owner}.{name} must lie in {bracket}{low:g}, {high:g}], got {value}")
 
 
+# Field: (lower limit, upper limit, is the lower limit itself excluded).
+_LIMITS = {
+    "eps_low": (0.0, 1.0, False),
+    "eps_high": (0.0, math.inf, False),
+    "dual_clip": (1.0, math.inf, True),
+    "delta": (0.0, math.inf, True),
+    "max_length": (0.0, math.inf, True),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """Base of the objectives. `aggregation` says how per-token losses become one number.
 
-    "token": Σ m·ℓ / Σ m. "sequence": the mean over sequences of their token means. "sequence-sum": the
-    mean over sequences of their token sums. "constant": Σ m·ℓ / (sequences · max_length). A sequence
-    without tokens does not count, except in "constant", whose denominator is fixed beforehand.
+    "token": Σ m·ℓ / Σ m. "sequence": the mean over sequences of their token means. "sequence-sum":
+    the mean over sequences of their token sums. "constant": Σ m·ℓ / (sequences · max_length). A
+    sequence without tokens does not count, except in "constant", whose denominator is fixed
+    beforehand.
     """
 
     aggregation: Aggregation = dataclasses.field(default="token", kw_only=True)
@@ -50,22 +61,17 @@ class Objective:
         name = type(self).__name__
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
-                f"{name}.aggregation must be one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"
+                f"{name}.aggregation must be one of {', '.join(AGGREGATIONS)}, "
+                f"got {self.aggregation!r}"
             )
         if self.aggregation == "constant" and not hasattr(self, "max_length"):
             raise ValueError(f"{name}.aggregation 'constant' needs max_length: use DrGRPO")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "eps_low":
-                _check_number(name, field.name, value, 0.0, 1.0)
-            elif field.name == "eps_high":
-                _check_number(name, field.name, value, 0.0)
-            elif field.name == "dual_clip" and value is not None:
-                _check_number(name, field.name, value, 1.0, open_low=True)
-            elif field.name == "delta" and value is not None:
-                _check_number(name, field.name, value, 0.0, open_low=True)
-            elif field.name == "max_length":
-                _check_number(name, field.name, value, 0.0, open_low=True)
+            if field.name == "aggregation" or (value is None and field.default is None):
+                continue
+            low, high, open_low = _LIMITS[field.name]
+            _check_number(name, field.name, value, low, high, open_low=open_low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,8 @@ class REINFORCE(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class PPO(Objective):
-    """Clipped surrogate (arXiv 1707.06347); `dual_clip` c > 1 bounds it for A < 0 by −c·A (1912.09729)."""
+    """Clipped surrogate (arXiv 1707.06347); `dual_clip` c > 1 bounds it for A < 0 by −c·A
+    (1912.09729)."""
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -125,8 +132,8 @@ class DAPO(Objective):
 class TIS:
     """Truncated importance correction w = exp(old − rollout) of the policy term (detached).
 
-    level "token" or "sequence" (one w a sequence, from the sum of its log-ratios); mode "clip" gives
-    min(w, max_ratio), mode "mask" gives w where w ≤ max_ratio and 0 elsewhere.
+    level "token" or "sequence" (one w a sequence, from the sum of its log-ratios); mode "clip"
+    gives min(w, max_ratio), mode "mask" gives w where w ≤ max_ratio and 0 elsewhere.
     """
 
     level: Literal["token", "sequence"] = "token"
@@ -143,7 +150,8 @@ class TIS:
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What the scalar objective needs besides its tensors: the run-time arguments of every kernel."""
+    """What the scalar objective needs besides its tensors: the run-time arguments of every
+    kernel."""
 
     clipped: bool  # the clipped surrogate, else REINFORCE
     eps_low: float = 0.0
@@ -203,11 +211,15 @@ def token_loss(
     else:
         loss = -advantages * torch.where(active, logprobs, 0.0)
     if t.kl_coef != 0:
+        if ref_logprobs is None:
+            raise ValueError("ref_logprobs is needed where kl_coef is not 0")
         kl = kl_estimate(logprobs, ref_logprobs, t.kl)
         if t.kl_importance:
             kl = torch.exp(log_ratio) * kl
         loss = loss + t.kl_coef * kl
     if t.entropy_coef != 0:
+        if entropy is None:
+            raise ValueError("entropy is needed where entropy_coef is not 0")
         loss = loss - t.entropy_coef * entropy
     return loss
 
@@ -274,7 +286,8 @@ def token_weights(
     seqs: Sequences | None,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """w_t of loss = Σ w_t·ℓ_t; all zeros where the mask is. `mask` is a float tensor in the token shape."""
+    """w_t of loss = Σ w_t·ℓ_t; all zeros where the mask is. `mask` is a float tensor in the token
+    shape."""
     kind = objective.aggregation
     if kind == "token":
         total = mask.sum() if normalizer is None else normalizer
@@ -286,7 +299,7 @@ def token_weights(
         )
     if kind == "constant":
         count = seqs.count if normalizer is None else normalizer
-        return _over(mask, count * objective.max_length)  # type: ignore[attr-defined]
+        return _over(mask, count * getattr(objective, "max_length"))  # noqa: B009 - not on every Objective
     lengths = seqs.sum(mask)
     count = (lengths > 0).sum() if normalizer is None else normalizer
     if kind == "sequence":

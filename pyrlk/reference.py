@@ -113,7 +113,7 @@ def policy_loss_from_logprobs(
     def clean(x):
         return None if x is None else torch.where(mask > 0, x.detach().to(dtype), 0.0)
 
-    if advantages.shape != shape:
+    if advantages.shape != shape and seqs is not None:
         advantages = seqs.spread(advantages)
     old, advantages, ref = clean(old_logprobs), clean(advantages), clean(ref_logprobs)
     logprobs = torch.where(mask > 0, logprobs, 0.0)
@@ -176,7 +176,8 @@ def kept_mask(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, order="
 def sample(
     logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed, position=0, order="top_k_first"
 ):
-    """Draw one token a row by float64 masses and the stream of `uniform_bits`; finite τ > 0 only."""
+    """Draw one token a row by float64 masses and the stream of `uniform_bits`; finite τ > 0
+    only."""
     z = _clean_logits(logits)
     rows = z.shape[0]
     keep = kept_mask(

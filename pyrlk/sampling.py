@@ -4,12 +4,13 @@ Order of a row: (logit descending, id ascending). A kept set is a prefix of it:
     top-k   the first min(k, finite logits)
     top-p   the shortest prefix whose mass reaches p of the mass it applies to
     min-p   logit ≥ max + τ·ln(min_p)
-Draw: the first kept id, ascending, whose running mass exceeds u·Z, u = 64 Philox bits of (seed, position).
-A row's result depends on its logits, parameters, seed and position alone.
+Draw: the first kept id, ascending, whose running mass exceeds u·Z, u = 64 Philox bits of (seed,
+position). A row's result depends on its logits, parameters, seed and position alone.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Support(NamedTuple):
     def rows(self) -> list[list[int]]:
         """The kept ids of every row, on the host."""
         ids, offsets = self.ids.tolist(), self.offsets.tolist()
-        return [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [ids[a:b] for a, b in itertools.pairwise(offsets)]
 
     def to_mask(self, vocab_size: int) -> Tensor:
         """bool [B, V]: True where a token was kept."""
@@ -146,8 +147,10 @@ def sample(
         capacity = _capacity(support_capacity, top_k, count)
         token, logprob, full, kept, status, ids, offsets = _sample_support(*arguments, capacity)
         support = Support(ids, offsets)
-    shaped = (x.view(lead) for x in (token, logprob, full, kept, status))
-    return Sample(*shaped, support)
+    token, logprob, full, kept, status = (
+        x.view(lead) for x in (token, logprob, full, kept, status)
+    )
+    return Sample(token, logprob, full, kept, status, support)
 
 
 def _capacity(capacity, top_k, count: int) -> int:
