@@ -78,7 +78,7 @@ class Segment:
 
     def pack(self, sources: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
         """Copy tensors in; the sum of each, or an empty list."""
-        if self.flat.device.type == "cpu" and all(t.device.type == "cpu" for t, _ in sources):
+        if self._by_address(sources):
             pieces = [_piece(tensor, offset) for tensor, offset in sources]
             return _C.pack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
         sums = []
@@ -91,13 +91,13 @@ class Segment:
 
     def sums(self, ranges: Sequence[tuple[int, int]], *, threads: int) -> list[int]:
         """Sums of (offset, bytes) ranges, nothing copied."""
-        if self.flat.device.type == "cpu":
+        if self._by_address():
             return _C.checksum(self.flat.data_ptr(), self.nbytes, list(ranges), threads)
         return _numbers([_sum_of(self.flat[at : at + count]) for at, count in ranges])
 
     def unpack(self, targets: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
-        if self.flat.device.type == "cpu" and all(t.device.type == "cpu" for t, _ in targets):
+        if self._by_address(targets):
             pieces = [_piece(tensor, offset) for tensor, offset in targets]
             return _C.unpack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
         sums = []
@@ -106,6 +106,11 @@ class Segment:
             if checksum:
                 sums.append(_sum_of(tensor.contiguous().view(-1).view(torch.uint8)))
         return _numbers(sums)
+
+    def _by_address(self, tensors: Sequence[Placed] = ()) -> bool:
+        """Whether the C++ side can reach everything; torch copies what lies on a GPU."""
+        on_host = self.handle.kind is Kind.HOST
+        return on_host and all(tensor.device.type == "cpu" for tensor, _ in tensors)
 
     def finish(self) -> None:
         """Return when every queued copy into or out of the segment is done."""
