@@ -365,7 +365,7 @@ def test_bad_options_are_named(socket_path, options, error, message):
 def test_bad_arguments_are_named(socket_path):
     with pytest.raises(TypeError, match=r"target must be weights\.Local, got str"):
         weights.Publisher(socket_path)
-    with pytest.raises(TypeError, match="model_or_load_weights must be an nn.Module or a callable"):
+    with pytest.raises(TypeError, match="model_or_load_weights must be an"):
         weights.Receiver(3, socket_path)
     with pytest.raises(ValueError, match="expected goes with a load_weights callable"):
         weights.Receiver(nn.Linear(1, 1), socket_path, expected={})

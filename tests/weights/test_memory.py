@@ -111,7 +111,7 @@ def test_memory_is_unmapped_when_the_last_view_dies():
 
 
 def test_what_does_not_fit_into_memory_is_an_error():
-    with pytest.raises(StagingError, match="more than the free memory.*; lower bucket_bytes"):
+    with pytest.raises(StagingError, match=r"more than the free memory.*; lower bucket_bytes"):
         memory.Host(1 << 50)
 
 
