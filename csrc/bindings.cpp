@@ -52,8 +52,8 @@ void bind_kernels(py::module_& module) {
   static const auto int64s = [](Address address) { return reinterpret_cast<int64_t*>(address); };
   static const auto to_rows = [](const PyRows& r) {
     const auto& [data, dtype, count, vocab, width, inner, outer_stride, inner_stride] = r;
-    return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,        vocab,
-                       width,         inner,               outer_stride, inner_stride};
+    return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,       vocab, width,
+                       inner,         outer_stride,        inner_stride};
   };
   static const auto to_temperature = [](const PyTemperature& t) {
     return pyrlk::Temperature{std::get<0>(t), pointer(std::get<1>(t))};
@@ -64,8 +64,9 @@ void bind_kernels(py::module_& module) {
   };
 
   module.def("cpu_isa", [] { return std::string(pyrlk::row_kernels().name); });
-  module.def("set_isa", [](const std::string& name) { return pyrlk::set_isa(name.c_str()); },
-             py::arg("name"));
+  module.def(
+      "set_isa", [](const std::string& name) { return pyrlk::set_isa(name.c_str()); },
+      py::arg("name"));
   module.def("advise_huge_pages", &pyrlk::advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
       "token_logprobs",
@@ -95,12 +96,18 @@ void bind_kernels(py::module_& module) {
          const PyTerms& terms, Address loss, Address logprob, Address entropy,
          const std::optional<PyRows>& grad, int threads) {
         const pyrlk::Rows out = grad ? to_rows(*grad) : pyrlk::Rows{};
-        const pyrlk::PolicyLossArgs args{to_rows(logits),       int64s(tokens),
-                                         pointer(old_logprobs), pointer(advantages),
-                                         pointer(weight),       pointer(ref_logprobs),
-                                         to_temperature(temperature), to_terms(terms),
-                                         pointer(loss),         pointer(logprob),
-                                         pointer(entropy),      grad ? &out : nullptr};
+        const pyrlk::PolicyLossArgs args{to_rows(logits),
+                                         int64s(tokens),
+                                         pointer(old_logprobs),
+                                         pointer(advantages),
+                                         pointer(weight),
+                                         pointer(ref_logprobs),
+                                         to_temperature(temperature),
+                                         to_terms(terms),
+                                         pointer(loss),
+                                         pointer(logprob),
+                                         pointer(entropy),
+                                         grad ? &out : nullptr};
         const py::gil_scoped_release nogil;
         return pyrlk::policy_loss(args, threads);
       },

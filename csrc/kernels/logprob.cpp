@@ -1,4 +1,5 @@
-// logprob = log π(a), entropy H, and their gradient from (g, h): statistics, then one gradient sweep.
+// logprob = log π(a), entropy H, and their gradient from (g, h): statistics, then one gradient
+// sweep.
 #include <omp.h>
 
 #include "../memory/threads.h"

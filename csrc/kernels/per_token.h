@@ -1,4 +1,5 @@
-// What every op over T tokens shares: reading per-token scalars, checking actions, writing a gradient row.
+// What every op over T tokens shares: reading per-token scalars, checking actions, writing a
+// gradient row.
 #pragma once
 
 #include <limits>
@@ -26,7 +27,8 @@ inline double temperature_at(Temperature tau, int64_t t, bool wide) {
   return get(tau.per_token, t, wide, wide ? tau.value : double(float(tau.value)));
 }
 
-// The first token whose action is outside the vocabulary, or −1. Rows of weight 0 are not looked at.
+// The first token whose action is outside the vocabulary, or −1. Rows of weight 0 are not looked
+// at.
 inline int64_t first_bad_token(const int64_t* tokens, const void* weight, const Rows& z) {
   const bool wide = z.dtype == DType::kFloat64;
   for (int64_t t = 0; t < z.count; ++t) {
