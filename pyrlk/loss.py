@@ -11,7 +11,7 @@ token_logprobs and autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def dapo_loss(
     *,
     eps_low: float = 0.2,
     eps_high: float = 0.28,
-    **common,
-) -> Tensor | tuple[Tensor, PolicyStats]:
+    **common: Any,
+) -> Any:
     """DAPO's clip-higher policy loss with one denominator over all tokens (arXiv 2503.14476).
 
         loss = −Σ m·min(r·A, clip(r, 1−eps_low, 1+eps_high)·A) / Σ m,   r = exp(logπ(token) − old)
@@ -68,8 +68,8 @@ def dapo_loss(
 
 
 def reinforce_loss(
-    logits: Tensor, tokens: Tensor, advantages: Tensor, mask: Tensor | None = None, **common
-) -> Tensor | tuple[Tensor, PolicyStats]:
+    logits: Tensor, tokens: Tensor, advantages: Tensor, mask: Tensor | None = None, **common: Any
+) -> Any:
     """REINFORCE: loss = −Σ m·A·logπ(token) / Σ m, whose gradient is m·A·(π − e_a)/τ / Σ m.
 
     `policy_loss` with ``objective=REINFORCE()``: see there for shapes, the common options and
@@ -99,7 +99,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, PolicyStats]:
+) -> Any:  # Tensor, or (Tensor, PolicyStats)
     """A policy-gradient loss on logits, with the gradient computed in the same pass over them.
 
     Parameters
@@ -636,7 +636,7 @@ def policy_loss_from_logprobs(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, PolicyStats]:
+) -> Any:  # Tensor, or (Tensor, PolicyStats)
     """The loss of `policy_loss` from log-probs [...] (float32, float64): plain torch and autograd.
 
     Arguments mean what they mean in `policy_loss`; `entropy` [...] is needed where entropy_coef is

@@ -212,12 +212,21 @@ def _row_value_error(row: int, tau, p, least) -> None:
 
 
 def _run_cpu(logits, tau, k, p, least, seeds, positions, joint, support):
-    out = _outputs(logits)
+    out = token, logprob, full_logprob, kept, status = _outputs(logits)
     bad = _C.sample(
         _op.rows(logits, logits.shape[-1]),
-        *(x.data_ptr() for x in (tau, k, p, least, seeds, positions)),
+        tau.data_ptr(),
+        k.data_ptr(),
+        p.data_ptr(),
+        least.data_ptr(),
+        seeds.data_ptr(),
+        positions.data_ptr(),
         joint,
-        *(x.data_ptr() for x in out),
+        token.data_ptr(),
+        logprob.data_ptr(),
+        full_logprob.data_ptr(),
+        kept.data_ptr(),
+        status.data_ptr(),
         support,
         _op.threads(),
     )
