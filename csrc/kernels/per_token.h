@@ -2,13 +2,22 @@
 // gradient row.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
+#include "../memory/threads.h"
 #include "kernels.h"
 
 namespace pyrlk {
 
 constexpr int64_t kIgnored = -100;
+
+// Threads for these rows: on busy cores a barrier costs more than a small region's work.
+inline int row_threads(const Rows& z, int requested) {
+  constexpr int64_t kElementsAThread = 1 << 15;
+  const int64_t useful = std::min(z.count, z.count * z.vocab / kElementsAThread);
+  return usable_threads(int(std::min<int64_t>(requested, std::max<int64_t>(useful, 1))));
+}
 
 // Per-token arrays are float, or double beside float64 logits.
 inline double get(const void* p, int64_t i, bool wide, double missing) {

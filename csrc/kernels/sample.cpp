@@ -14,8 +14,8 @@
 #include <cmath>
 #include <vector>
 
-#include "../memory/threads.h"
 #include "kernels.h"
+#include "per_token.h"
 
 namespace pyrlk {
 namespace {
@@ -253,7 +253,7 @@ RowDraw sample_row(const void* logits, DType dtype, int64_t n, const Params& p, 
 
 int64_t sample(const SampleArgs& a, int threads) {
   const Rows& z = a.logits;
-#pragma omp parallel num_threads(usable_threads(threads))
+#pragma omp parallel num_threads(row_threads(z, threads))
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
