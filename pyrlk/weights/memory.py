@@ -280,6 +280,8 @@ class Ring:
 
 
 def _piece(tensor: Tensor, offset: int) -> tuple[int, int, int, list[int], list[int]]:
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), offset, 1, [tensor.nbytes], [1]
     return (
         tensor.data_ptr(),
         offset,
