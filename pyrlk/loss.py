@@ -271,19 +271,26 @@ def _options(
     if isinstance(normalizer, Tensor):
         if _check.like("normalizer", normalizer, z, name).dim() != 0:
             raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer must be a float or an integer, got {normalizer.dtype}")
     elif normalizer is not None:
         value = _check.number("normalizer", normalizer, 0.0, above=True)
         normalizer = torch.full((), value, dtype=torch.float64, device=z.device)
-    return old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens, normalizer
+    # Constants of the loss, whatever graph they come from: only the logits are differentiated.
+    constants = (
+        None if x is None else x.detach()
+        for x in (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
+    )
+    return *constants, cu_seqlens, None if normalizer is None else normalizer.detach()
 
 
 def _check_inplace(z: Tensor) -> None:
-    if z.is_leaf and z.requires_grad:
-        raise ValueError("inplace=True: logits must not be a leaf that requires grad")
-    if any(s == 0 and n > 1 for n, s in zip(z.shape, z.stride(), strict=True)):
-        raise ValueError(
-            f"inplace=True: rows of logits overlap (strides {list(z.stride())}); use logits.clone()"
-        )
+    owner = z
+    if not torch.compiler.is_compiling() and z._is_view() and z._base is not None:
+        owner = z._base  # a view of a parameter would overwrite the parameter
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError("inplace=True: logits must not be (a view of) a leaf that requires grad")
+    _check.disjoint_rows(z, "inplace=True: rows of logits overlap")
 
 
 def _flatten(objective, correction, kl, kl_coef, kl_importance, entropy_coef):
@@ -346,7 +353,7 @@ def _prepare(
     if mask is not None:
         counted = counted & (mask != 0)
     if logits.device.type == "cpu":
-        _check.mask_values(mask)
+        _check.mask_values(mask, tokens != -100)
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(normalizer)
         _check.temperature_values(temperatures, counted)
@@ -762,7 +769,8 @@ def reinforce_grad(
             raise TypeError(f"out must be {z.dtype} like logits, got {out.dtype}")
         if out.requires_grad:
             raise ValueError("out must not require grad")
-    _reinforce_grad(z, tokens, advantages, number, per_token, out)
+        _check.disjoint_rows(out, "out: its rows overlap")
+    _reinforce_grad(z, tokens, advantages.detach(), number, per_token, out)
     return out
 
 
