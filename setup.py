@@ -1,4 +1,4 @@
-"""Build pyrlk: CMake + Ninja compile csrc/ into pyrlk._C; triton_kernels/ installs as pyrlk.triton_kernels.
+"""Build pyrlk: CMake and Ninja compile csrc/; triton_kernels/ installs as pyrlk.triton_kernels.
 
 Metadata lives in pyproject.toml. torch is not needed to build.
 """
@@ -60,8 +60,8 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"pyrlk: `{' '.join(command[:2])} …` failed with status {error.returncode}. A C++17 "
-                "compiler with OpenMP is needed (Debian: apt install g++; macOS is not supported). "
+                f"pyrlk: `{' '.join(command[:2])} …` failed with status {error.returncode}. A "
+                "C++17 compiler with OpenMP is needed (Debian: apt install g++; no macOS). "
                 "The compiler's own message is above."
             ) from None
 

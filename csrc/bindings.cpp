@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <vector>
 
+#include "kernels/kernels.h"
 #include "memory/cuda_driver.h"
+#include "memory/huge_pages.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
 #include "memory/threads.h"
@@ -17,8 +20,156 @@ namespace py = pybind11;
 
 namespace {
 
+struct Support {
+  explicit Support(int64_t count) : rows(static_cast<std::size_t>(count)) {}
+
+  int64_t total() const {
+    int64_t n = 0;
+    for (const auto& row : rows) n += static_cast<int64_t>(row.size());
+    return n;
+  }
+  void write(int32_t* ids, int64_t* offsets) const {
+    *offsets = 0;
+    for (const auto& row : rows) {
+      ids = std::copy(row.begin(), row.end(), ids);
+      offsets[1] = offsets[0] + static_cast<int64_t>(row.size());
+      ++offsets;
+    }
+  }
+
+  std::vector<std::vector<int32_t>> rows;
+};
+
 // kernels/: row statistics, losses, sampling.
-void bind_kernels(py::module_& module) { (void)module; }
+void bind_kernels(py::module_& module) {
+  using Address = std::uint64_t;  // 0 is null
+  // (address, dtype, rows, vocab, width, inner, stride_outer, stride_inner): see kernels::Rows.
+  using PyRows = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+  using PyTemperature = std::tuple<double, Address>;
+  // (clipped, eps_low, eps_high, dual_clip, delta, kl, kl_coef, kl_importance, entropy_coef)
+  using PyTerms = std::tuple<bool, double, double, double, double, int, double, bool, double>;
+  static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+  static const auto int64s = [](Address address) { return reinterpret_cast<int64_t*>(address); };
+  static const auto to_rows = [](const PyRows& r) {
+    const auto& [data, dtype, count, vocab, width, inner, outer_stride, inner_stride] = r;
+    return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,       vocab, width,
+                       inner,         outer_stride,        inner_stride};
+  };
+  static const auto to_temperature = [](const PyTemperature& t) {
+    return pyrlk::Temperature{std::get<0>(t), pointer(std::get<1>(t))};
+  };
+  static const auto to_terms = [](const PyTerms& t) {
+    const auto& [clipped, low, high, dual_clip, delta, kl, kl_coef, kl_importance, entropy] = t;
+    return pyrlk::Terms{clipped, low, high, dual_clip, delta, kl, kl_coef, kl_importance, entropy};
+  };
+
+  module.def("cpu_isa", [] { return std::string(pyrlk::row_kernels().name); });
+  module.def(
+      "set_isa", [](const std::string& name) { return pyrlk::set_isa(name.c_str()); },
+      py::arg("name"));
+  module.def("advise_huge_pages", &pyrlk::advise_huge_pages, py::arg("address"), py::arg("bytes"));
+  module.def(
+      "token_logprobs",
+      [](const PyRows& logits, Address tokens, const PyTemperature& temperature, Address logprob,
+         Address entropy, Address stats, int threads) {
+        const py::gil_scoped_release nogil;
+        return pyrlk::token_logprobs(to_rows(logits), int64s(tokens), to_temperature(temperature),
+                                     pointer(logprob), pointer(entropy), pointer(stats), threads);
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("temperature"), py::arg("logprob"),
+      py::arg("entropy"), py::arg("stats"), py::arg("threads"));
+  module.def(
+      "token_logprobs_backward",
+      [](const PyRows& logits, Address tokens, const PyTemperature& temperature, Address stats,
+         Address grad_logprob, Address grad_entropy, const PyRows& grad, int threads) {
+        const py::gil_scoped_release nogil;
+        pyrlk::token_logprobs_backward(to_rows(logits), int64s(tokens), to_temperature(temperature),
+                                       pointer(stats), pointer(grad_logprob), pointer(grad_entropy),
+                                       to_rows(grad), threads);
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("temperature"), py::arg("stats"),
+      py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad"), py::arg("threads"));
+  module.def(
+      "policy_loss",
+      [](const PyRows& logits, Address tokens, Address old_logprobs, Address advantages,
+         Address weight, Address ref_logprobs, const PyTemperature& temperature,
+         const PyTerms& terms, Address loss, Address logprob, Address entropy,
+         const std::optional<PyRows>& grad, int threads) {
+        const pyrlk::Rows out = grad ? to_rows(*grad) : pyrlk::Rows{};
+        const pyrlk::PolicyLossArgs args{to_rows(logits),
+                                         int64s(tokens),
+                                         pointer(old_logprobs),
+                                         pointer(advantages),
+                                         pointer(weight),
+                                         pointer(ref_logprobs),
+                                         to_temperature(temperature),
+                                         to_terms(terms),
+                                         pointer(loss),
+                                         pointer(logprob),
+                                         pointer(entropy),
+                                         grad ? &out : nullptr};
+        const py::gil_scoped_release nogil;
+        return pyrlk::policy_loss(args, threads);
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("old_logprobs"), py::arg("advantages"),
+      py::arg("weight"), py::arg("ref_logprobs"), py::arg("temperature"), py::arg("terms"),
+      py::arg("loss"), py::arg("logprob"), py::arg("entropy"), py::arg("grad"), py::arg("threads"));
+  module.def(
+      "reinforce_grad",
+      [](const PyRows& logits, Address tokens, Address advantages, const PyTemperature& temperature,
+         const PyRows& out, int threads) {
+        const py::gil_scoped_release nogil;
+        return pyrlk::reinforce_grad(to_rows(logits), int64s(tokens), pointer(advantages),
+                                     to_temperature(temperature), to_rows(out), threads);
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("advantages"), py::arg("temperature"),
+      py::arg("out"), py::arg("threads"));
+  module.def(
+      "scale",
+      [](Address x, int dtype, int64_t count, double factor, int threads) {
+        const py::gil_scoped_release nogil;
+        pyrlk::scale(pointer(x), pyrlk::DType(dtype), count, factor, threads);
+      },
+      py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("factor"), py::arg("threads"));
+
+  // The kept ids of a sample() call, before anyone knows how many there are.
+  py::class_<Support>(module, "Support")
+      .def(py::init<int64_t>(), py::arg("rows"))
+      .def("total", &Support::total)
+      .def(
+          "write",
+          [](const Support& self, Address ids, Address offsets) {
+            self.write(static_cast<int32_t*>(pointer(ids)), int64s(offsets));
+          },
+          py::arg("ids"), py::arg("offsets"));
+  module.def(
+      "sample",
+      [](const PyRows& logits, Address temperature, Address top_k, Address top_p, Address min_p,
+         Address seed, Address position, bool joint, Address token, Address logprob,
+         Address full_logprob, Address kept, Address status, Support* support, int threads) {
+        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+        const pyrlk::SampleArgs args{to_rows(logits),
+                                     floats(temperature),
+                                     floats(top_p),
+                                     floats(min_p),
+                                     int64s(top_k),
+                                     int64s(seed),
+                                     int64s(position),
+                                     joint,
+                                     int64s(token),
+                                     floats(logprob),
+                                     floats(full_logprob),
+                                     static_cast<int32_t*>(pointer(kept)),
+                                     static_cast<uint8_t*>(pointer(status)),
+                                     support == nullptr ? nullptr : support->rows.data()};
+        const py::gil_scoped_release nogil;
+        return pyrlk::sample(args, threads);
+      },
+      py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("joint"), py::arg("token"),
+      py::arg("logprob"), py::arg("full_logprob"), py::arg("kept"), py::arg("status"),
+      py::arg("support"), py::arg("threads"));
+}
 
 // memory/: packing, shared memory, CUDA handles.
 void bind_memory(py::module_& module) {

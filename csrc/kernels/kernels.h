@@ -1,0 +1,74 @@
+// The CPU kernels as bindings.cpp calls them. Pointers and sizes; per-token arrays are contiguous
+// [T].
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "objective.h"
+#include "row.h"
+
+namespace pyrlk {
+
+// Logits of T rows: row t starts at element (t / inner)·stride_outer + (t % inner)·stride_inner.
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t count, vocab;  // columns beyond vocab are padding: not read, gradient 0
+  int64_t width;         // columns of the tensor
+  int64_t inner, stride_outer, stride_inner;
+
+  int64_t item() const { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+  char* row(int64_t t) const {
+    const int64_t at = (t / inner) * stride_outer + (t % inner) * stride_inner;
+    return static_cast<char*>(data) + at * item();
+  }
+};
+
+// Every per-token float array is float (float64 logits: double); `wide` says which.
+struct Temperature {
+  double value;
+  const void* per_token;  // or null
+};
+
+// All return −1, or the first token index whose action is outside [0, vocab) (nothing is written
+// then).
+int64_t token_logprobs(const Rows& z, const int64_t* tokens, Temperature tau, void* logprob,
+                       void* entropy, void* stats, int threads);
+void token_logprobs_backward(const Rows& z, const int64_t* tokens, Temperature tau,
+                             const void* stats, const void* grad_logprob, const void* grad_entropy,
+                             const Rows& grad, int threads);
+
+struct PolicyLossArgs {
+  Rows logits;
+  const int64_t* tokens;
+  const void *old_logprobs, *advantages, *weight, *ref_logprobs;  // old and ref may be null
+  Temperature tau;
+  Terms terms;
+  void *loss, *logprob, *entropy;  // outputs [T]; entropy may be null
+  const Rows* grad;                // or null; may be the logits themselves
+};
+int64_t policy_loss(const PolicyLossArgs& args, int threads);
+int64_t reinforce_grad(const Rows& z, const int64_t* tokens, const void* advantages,
+                       Temperature tau, const Rows& out, int threads);
+
+// x *= scale, elementwise over contiguous memory; returns at once where scale is 1.
+void scale(void* x, DType dtype, int64_t n, double scale, int threads);
+
+enum Status : uint8_t { kNan = 1, kInf = 2, kEmpty = 4, kInvalid = 8, kOverflow = 16 };
+
+struct SampleArgs {
+  Rows logits;
+  const float *temperature, *top_p, *min_p;
+  const int64_t *top_k, *seed, *position;
+  bool joint;
+  int64_t* token;
+  float *logprob, *full_logprob;
+  int32_t* kept;
+  uint8_t* status;
+  std::vector<int32_t>* support;  // [rows]: kept ids, ascending; or null
+};
+// Returns −1, or the first row whose parameters are out of range (that row gets status kInvalid).
+int64_t sample(const SampleArgs& args, int threads);
+
+}  // namespace pyrlk

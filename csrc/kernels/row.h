@@ -1,0 +1,99 @@
+// One row of V logits z at temperature τ, action a: the statistics and the gradient of every loss.
+//
+//   statistics   m = max z,  y = (z − m)·c,  c = log2(e)/τ,  S = Σ 2^y,  E = Σ 2^y·y
+//   gradient     ∂ℓ/∂z_i = (1/τ)·[ g·(1[i=a] − π_i) − h·π_i·(log π_i + H) ],  π = 2^y / S
+//
+// Fixed 4096-wide tiles, 64 lanes a tile, tiles combined in index order in double: equal logits
+// give equal bits in any batch, thread count and instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "types.h"
+
+namespace pyrlk {
+
+constexpr int64_t kTile = 4096;
+constexpr int kLanes = 64;
+
+struct RowStats {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0.0;     // S
+  double energy = 0.0;  // E, only where entropy was asked for
+  bool nan = false;     // a NaN among the logits (it counts as −inf above)
+};
+
+// log2(e)/τ in float32; capped so that 0·c stays 0 for a τ near the smallest float.
+inline float exponent_scale(double temperature) {
+  const float c = 1.4426950408889634f / float(temperature);
+  return c < std::numeric_limits<float>::max() ? c : std::numeric_limits<float>::max();
+}
+
+// Does the row have a distribution? A NaN, a +inf or nothing but −inf makes log-probs NaN.
+inline bool regular(const RowStats& s) { return !s.nan && std::isfinite(s.max); }
+
+inline double log_sum(const RowStats& s) { return std::log(s.sum); }
+
+inline double log_prob(const RowStats& s, double z, double temperature) {
+  if (!regular(s)) return std::numeric_limits<double>::quiet_NaN();
+  return (z - s.max) / temperature - log_sum(s);
+}
+
+inline double entropy(const RowStats& s) {
+  if (!regular(s)) return std::numeric_limits<double>::quiet_NaN();
+  return log_sum(s) - 0.6931471805599453 * s.energy / s.sum;
+}
+
+// Scalars of the gradient sweep: out_i = 2^y_i · (k1 + k2·y_i), plus `at_action` in its own column.
+struct RowSlope {
+  double k1, k2, at_action;
+};
+
+// From g = ∂ℓ/∂log π(a) and h = ∂ℓ/∂H. p_a − 1 comes from expm1: near 0 the difference would
+// cancel.
+inline RowSlope row_slope(const RowStats& s, double logp, double g, double h, double temperature) {
+  const double log_s = log_sum(s), scale = 1.0 / temperature;
+  RowSlope r{-g * scale / s.sum, 0.0, -g * std::expm1(logp) * scale};
+  if (h != 0.0) {
+    const double H = entropy(s), p = std::exp(logp);
+    r.k1 -= h * (H - log_s) * scale / s.sum;
+    r.k2 = -h * 0.6931471805599453 * scale / s.sum;
+    if (p > 0.0) r.at_action -= h * p * (logp + H) * scale;
+  }
+  return r;
+}
+
+// Statistics and gradient of one row, whatever its type.
+RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy);
+void row_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
+                  const RowSlope& slope, int64_t action, void* out);
+// Fills [from, to) of a row.
+void row_fill(void* out, DType dtype, int64_t from, int64_t to, float value);
+double row_at(const void* z, DType dtype, int64_t i);
+
+// The row operations of one instruction set, indexed by DType (float32, float16, bfloat16).
+struct RowKernels {
+  const char* name;
+  RowStats (*stats[3])(const void* z, int64_t n, float c, bool with_entropy);
+  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, void* out);
+  // The row as float32.
+  void (*widen[3])(const void* z, int64_t n, float* out);
+  // Maximum of every 64 elements.
+  void (*group_max)(const float* z, int64_t n, float* out);
+  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read.
+  int64_t (*select)(const float* z, int64_t n, const float* group_max, float threshold,
+                    int32_t* out);
+  // w_i = floor(2^44 · 2^y_i), y_i = (z_i − m)·c: the exact mass of the sampler.
+  void (*masses)(const float* z, int64_t n, float c, float m, uint64_t* out);
+  // Their sums, one a tile of 4096; returns the total.
+  uint64_t (*tile_masses)(const float* z, int64_t n, float c, float m, uint64_t* out);
+};
+
+// The kernels in use: the best this machine has, unless PYRLK_CPU_ISA or set_isa() says otherwise.
+const RowKernels& row_kernels();
+// "base", "avx2" or "avx512"; false if this machine or build lacks it.
+bool set_isa(const char* name);
+
+}  // namespace pyrlk

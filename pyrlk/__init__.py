@@ -1,0 +1,80 @@
+"""pyrlk: the kernels of one RL step on a language model — sample, score, learn, sync.
+
+The names below load on first use, so that `import pyrlk` costs nothing in an inference engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "sample": "sampling",
+    "Sample": "sampling",
+    "Support": "sampling",
+    "token_logprobs": "logprob",
+    "dapo_loss": "loss",
+    "reinforce_loss": "loss",
+    "policy_loss": "loss",
+    "policy_loss_from_logprobs": "loss",
+    "reinforce_grad": "loss",
+    "normalizer": "loss",
+    "PolicyStats": "loss",
+    "REINFORCE": "objective",
+    "PPO": "objective",
+    "GRPO": "objective",
+    "BNPO": "objective",
+    "DrGRPO": "objective",
+    "DAPO": "objective",
+    "TIS": "objective",
+    "group_advantages": "batch",
+    "informative_groups": "batch",
+    "soft_overlong_penalty": "batch",
+    "DynamicSampler": "batch",
+}
+_MODULES = ("reference", "weights")
+
+__all__ = [*_HOME, *_MODULES]
+
+if TYPE_CHECKING:
+    from . import reference as reference
+    from . import weights as weights
+    from .batch import DynamicSampler as DynamicSampler
+    from .batch import group_advantages as group_advantages
+    from .batch import informative_groups as informative_groups
+    from .batch import soft_overlong_penalty as soft_overlong_penalty
+    from .logprob import token_logprobs as token_logprobs
+    from .loss import PolicyStats as PolicyStats
+    from .loss import dapo_loss as dapo_loss
+    from .loss import normalizer as normalizer
+    from .loss import policy_loss as policy_loss
+    from .loss import policy_loss_from_logprobs as policy_loss_from_logprobs
+    from .loss import reinforce_grad as reinforce_grad
+    from .loss import reinforce_loss as reinforce_loss
+    from .objective import BNPO as BNPO
+    from .objective import DAPO as DAPO
+    from .objective import GRPO as GRPO
+    from .objective import PPO as PPO
+    from .objective import REINFORCE as REINFORCE
+    from .objective import TIS as TIS
+    from .objective import DrGRPO as DrGRPO
+    from .sampling import Sample as Sample
+    from .sampling import Support as Support
+    from .sampling import sample as sample
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'pyrlk' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,234 @@
+"""The plain-torch truth of every op: slow, short, differentiable, any dtype up to float64.
+
+    π = softmax(z/τ),  logp = z_a/τ − logsumexp(z/τ),  H = −Σ π·log π  (a weight of 0 contributes 0)
+
+Tests judge the kernels against these functions in float64; users may call them to check a run.
+Arguments mean what they mean in the op of the same name; nothing is validated here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import objective as _objective
+
+MASK32 = 0xFFFFFFFF
+
+
+def token_logprobs(logits, tokens, *, temperature=1.0, vocab_size=None, return_entropy=False):
+    """log π(token) and, on request, H, in the dtype of `logits`; both differentiable."""
+    logits = logits[..., :vocab_size]
+    keep = tokens != -100
+    z = torch.where(keep[..., None], logits, 0.0) / _per_row(temperature, logits)
+    logprob = z.log_softmax(-1)
+    at = logprob.gather(-1, torch.where(keep, tokens, 0)[..., None])[..., 0]
+    at = torch.where(keep, at, 0.0)
+    if not return_entropy:
+        return at
+    return at, torch.where(keep, _entropy(logprob), 0.0)
+
+
+def _entropy(logprob: Tensor) -> Tensor:
+    finite = torch.where(logprob == -math.inf, 0.0, logprob)
+    return -(logprob.exp() * finite).sum(-1)
+
+
+def _per_row(temperature, logits: Tensor):
+    return (
+        temperature[..., None].to(logits.dtype) if isinstance(temperature, Tensor) else temperature
+    )
+
+
+def reinforce_grad(logits, tokens, advantages, *, temperature=1.0):
+    """A·(π − e_a)/τ, the gradient of −A·log π(a); zero rows where the token is −100."""
+    keep = tokens != -100
+    z = torch.where(keep[..., None], logits, 0.0) / _per_row(temperature, logits)
+    onehot = torch.zeros_like(z).scatter_(-1, torch.where(keep, tokens, 0)[..., None], 1.0)
+    scale = torch.where(keep, advantages, 0.0).to(z.dtype)[..., None] / _per_row(
+        temperature, logits
+    )
+    return scale * (z.softmax(-1) - onehot)
+
+
+def policy_loss(
+    logits,
+    tokens,
+    old_logprobs,
+    advantages,
+    mask=None,
+    *,
+    objective=None,
+    temperature=1.0,
+    entropy_coef=0.0,
+    vocab_size=None,
+    **options,
+):
+    """The loss of `pyrlk.policy_loss`, from log-probs and entropy in the dtype of `logits`."""
+    counted = tokens != -100 if mask is None else (tokens != -100) & (mask != 0)
+    tokens = torch.where(counted, tokens, -100)
+    logprobs, entropy = token_logprobs(
+        logits, tokens, temperature=temperature, vocab_size=vocab_size, return_entropy=True
+    )
+    mask = counted if mask is None else torch.where(counted, mask, 0)
+    return policy_loss_from_logprobs(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective=objective,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        **options,
+    )
+
+
+def policy_loss_from_logprobs(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask=None,
+    *,
+    objective=None,
+    entropy=None,
+    entropy_coef=0.0,
+    ref_logprobs=None,
+    kl_coef=0.0,
+    kl="k3",
+    kl_importance=False,
+    rollout_logprobs=None,
+    correction=None,
+    cu_seqlens=None,
+    normalizer=None,
+):
+    """The loss of `pyrlk.policy_loss_from_logprobs`: objective.py, summed with its weights."""
+    objective = _objective.DAPO() if objective is None else objective
+    dtype, shape = logprobs.dtype, logprobs.shape
+    mask = torch.ones_like(logprobs.detach()) if mask is None else mask.to(dtype)
+    seqs = _objective.sequences(shape, cu_seqlens)
+
+    def clean(x):
+        return None if x is None else torch.where(mask > 0, x.detach().to(dtype), 0.0)
+
+    if advantages.shape != shape and seqs is not None:
+        advantages = seqs.spread(advantages)
+    old, advantages, ref = clean(old_logprobs), clean(advantages), clean(ref_logprobs)
+    logprobs = torch.where(mask > 0, logprobs, 0.0)
+    if entropy is not None:
+        entropy = torch.where(mask > 0, entropy, 0.0)
+    if correction is not None:
+        behaviour = logprobs.detach() if old is None else old
+        advantages = advantages * _objective.correction_weights(
+            correction, behaviour, clean(rollout_logprobs), mask, seqs
+        )
+    flat = _objective.terms(
+        objective, kl=kl, kl_coef=kl_coef, kl_importance=kl_importance, entropy_coef=entropy_coef
+    )
+    per_token = _objective.token_loss(logprobs, old, advantages, ref, entropy, flat)
+    return (_objective.token_weights(objective, mask, seqs, normalizer) * per_token).sum()
+
+
+class Draw(NamedTuple):
+    """What `sample` returns: the fields of pyrlk.Sample, with the kept set as a dense mask."""
+
+    token: Tensor
+    logprob: Tensor
+    full_logprob: Tensor
+    kept: Tensor
+    mask: Tensor
+
+
+def kept_mask(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, order="top_k_first"):
+    """bool [B, V]: the prefix of the order (logit descending, id ascending) that the filters keep.
+
+    Parameters are numbers or [B]. Masses are float64 and unnormalised, so that ties stay exact.
+    top_p = 1, min_p = 0 and top_k ≤ 0 are off.
+    """
+    z = _clean_logits(logits)
+    rows, vocab = z.shape
+    tau, k, p, min_p = (_row_values(x, rows) for x in (temperature, top_k, top_p, min_p))
+    ranked, ids = torch.sort(z, dim=-1, descending=True, stable=True)
+    finite = (ranked > -math.inf).sum(-1)
+    rank = torch.arange(vocab)
+    mass = torch.exp((ranked - ranked[:, :1].clamp(min=-1e300)) / tau[:, None])
+    mass = torch.where(rank < finite[:, None], mass, 0.0)
+
+    keep = finite.clone()
+    by_k = torch.where(k > 0, torch.minimum(k.to(torch.int64), finite), finite)
+    keep = torch.minimum(keep, by_k)
+    pool = mass
+    if order == "top_k_first":
+        pool = torch.where(rank < by_k[:, None], mass, 0.0)
+    enough = pool.cumsum(-1) >= p[:, None] * pool.sum(-1, keepdim=True)
+    by_p = torch.where(enough.any(-1), enough.to(torch.int8).argmax(-1) + 1, vocab)
+    keep = torch.where(p < 1, torch.minimum(keep, by_p), keep)
+    floor = ranked[:, 0] + tau * torch.log(min_p)
+    by_min = (ranked >= floor[:, None]).sum(-1)
+    keep = torch.where(min_p > 0, torch.minimum(keep, by_min), keep)
+    keep = torch.where(tau == 0, 1, keep)
+    keep = torch.minimum(keep.clamp(min=1), finite)
+    return torch.zeros_like(z, dtype=torch.bool).scatter_(1, ids, rank < keep[:, None])
+
+
+def sample(
+    logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed, position=0, order="top_k_first"
+):
+    """Draw one token a row by float64 masses and the stream of `uniform_bits`; finite τ > 0
+    only."""
+    z = _clean_logits(logits)
+    rows = z.shape[0]
+    keep = kept_mask(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, order=order
+    )
+    tau = _row_values(temperature, rows)[:, None]
+    full = (z / tau).log_softmax(-1)
+    truncated = torch.where(keep, z / tau, -math.inf).log_softmax(-1)
+    seeds = seed if isinstance(seed, Tensor) else seed + torch.arange(rows)
+    positions = position if isinstance(position, Tensor) else torch.full((rows,), position)
+    tokens = []
+    for row in range(rows):
+        u = uniform_bits(int(seeds[row]), int(positions[row])) / 2.0**64
+        running = truncated[row].exp().cumsum(0)
+        tokens.append(int((running > u * running[-1]).to(torch.int8).argmax()))
+    token = torch.tensor(tokens, dtype=torch.int64)
+    pick = token[:, None]
+    return Draw(
+        token,
+        truncated.gather(1, pick)[:, 0],
+        full.gather(1, pick)[:, 0],
+        keep.sum(-1).to(torch.int32),
+        keep,
+    )
+
+
+def _clean_logits(logits: Tensor) -> Tensor:
+    z = logits.detach().cpu().double()
+    return torch.where(z.isnan(), -math.inf, z)
+
+
+def _row_values(x, rows: int) -> Tensor:
+    """A parameter as float64 [rows], rounded to float32 first (the contract of `pyrlk.sample`)."""
+    x = x.detach().cpu() if isinstance(x, Tensor) else torch.full((rows,), x)
+    return (x.to(torch.float32) if x.is_floating_point() else x).double()
+
+
+def uniform_bits(seed: int, position: int, stream: int = 0) -> int:
+    """64 random bits of Philox4x32-10: key = seed, counter = (position low, high, stream, 0).
+
+    The first word is the high half. Source: Salmon et al., SC 2011.
+    """
+    counter = [position & MASK32, position >> 32 & MASK32, stream, 0]
+    key = [seed & MASK32, seed >> 32 & MASK32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            b >> 32 ^ counter[1] ^ key[0],
+            b & MASK32,
+            a >> 32 ^ counter[3] ^ key[1],
+            a & MASK32,
+        ]
+        key = [(key[0] + 0x9E3779B9) & MASK32, (key[1] + 0xBB67AE85) & MASK32]
+    return counter[0] << 32 | counter[1]
