@@ -1,5 +1,7 @@
 """The C++ extension: raw addresses (tensor.data_ptr(), 0 for none) and sizes, nothing of torch."""
 
+from array import array
+
 # kernels: row statistics, losses, sampling (csrc/kernels).
 
 # (address, dtype, rows, vocab, width, inner, stride_outer, stride_inner)
@@ -80,21 +82,19 @@ def sample(
 ) -> int: ...
 
 # memory: the hand-over of weights (csrc/memory).
-# (address, offset in the buffer, itemsize, sizes, strides in elements)
-_Piece = tuple[int, int, int, list[int], list[int]]
+# An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides in elements.
+_Pieces = array[int]
 
 class CudaError(RuntimeError): ...
 
 def usable_threads(requested: int) -> int: ...
 def pack(
-    buffer: int, buffer_bytes: int, pieces: list[_Piece], checksum: bool, threads: int
+    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
 ) -> list[int]: ...
 def unpack(
-    buffer: int, buffer_bytes: int, pieces: list[_Piece], checksum: bool, threads: int
+    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
 ) -> list[int]: ...
-def checksum(
-    buffer: int, buffer_bytes: int, ranges: list[tuple[int, int]], threads: int
-) -> list[int]: ...
+def checksum(buffer: int, buffer_bytes: int, ranges: list[int], threads: int) -> list[int]: ...
 def segment_create(bytes: int) -> tuple[int, int]: ...
 def segment_open(fd: int, bytes: int) -> int: ...
 def segment_close(address: int, bytes: int) -> None: ...

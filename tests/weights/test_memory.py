@@ -24,7 +24,7 @@ def truth(data: bytes) -> int:
 @settings(max_examples=200, deadline=None)
 def test_cpp_torch_and_definition_agree_on_the_sum(data):
     tensor = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-    assert _C.checksum(tensor.data_ptr(), len(data), [(0, len(data))], 1) == [truth(data)]
+    assert _C.checksum(tensor.data_ptr(), len(data), [0, len(data)], 1) == [truth(data)]
     assert memory._numbers([memory._sum_of(tensor)]) == [truth(data)]
 
 
