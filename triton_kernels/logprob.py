@@ -3,9 +3,9 @@
     logp_t = log softmax(z_t/τ)[token_t]        H_t = −Σ π·log π
     ∂ℓ/∂z = (1/τ)·[ g·(e_a − π) − h·π·(log π + H) ]
 
-logits [..., V]; tokens int64 [T]; temperature a number or float32 [T]; logprob, entropy, grad_logprob,
-grad_entropy float32 [T]; stats float32 [T, 4] = (m, s, E, z_a) of row.py. Token −100: 0, and the row is
-never read. A token outside [0, vocab_size): NaN.
+logits [..., V]; tokens int64 [T]; temperature a number or float32 [T]; logprob, entropy,
+grad_logprob, grad_entropy float32 [T]; stats float32 [T, 4] = (m, s, E, z_a) of row.py.
+Token −100: 0, and the row is never read. A token outside [0, vocab_size): NaN.
 """
 
 import triton
@@ -134,7 +134,9 @@ def token_logprobs_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    to_ptr = grad_ptr + row_offset(row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN)
+    to_ptr = grad_ptr + row_offset(
+        row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN
+    )
     token = tl.load(tokens_ptr + row)
     counted = token != -100
     g = tl.load(grad_logprob_ptr + row, mask=counted, other=0.0)
@@ -160,7 +162,7 @@ def token_logprobs_bwd_kernel(
 def token_logprobs_bwd(
     logits, tokens, temperature, vocab_size, stats, grad_logprob, grad_entropy, grad
 ):
-    """Fill grad, of the shape and dtype of logits (any row strides), from the stats of the forward."""
+    """Fill grad, of the shape and dtype of logits, from the stats of the forward."""
     r, to = _row.rows(logits), _row.rows(grad)
     if r.count == 0:
         return

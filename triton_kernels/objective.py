@@ -1,12 +1,12 @@
 """The scalar objective of one token and its derivative: pyrlk/objective.py's `token_loss`, by hand.
 
     ratio r = exp(log_ratio)          log_ratio = logp − old       A advantage       d = logp − ref
-    clipped surrogate   ℓ = −min( min(r, delta)·A, clip(r, low, high)·A ),  for A < 0 at most −dual_clip·A
+    clipped surrogate   ℓ = −min( min(r, delta)·A, clip(r, low, high)·A ), ≤ −dual_clip·A if A < 0
     REINFORCE           ℓ = −A·logp
     KL                  k1 = d, k2 = d²/2, k3 = e^−d + d − 1; times r with KL_IMPORTANCE
 
-`token_loss` returns (ℓ + kl_coef·KL, g) with g its derivative by logp. Bounds are inclusive: a ratio on a
-bound still has its gradient. Where A = 0 the policy term is 0, whatever the ratio is.
+`token_loss` returns (ℓ + kl_coef·KL, g) with g its derivative by logp. Bounds are inclusive: a
+ratio on a bound still has its gradient. Where A = 0 the policy term is 0, whatever the ratio is.
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def log_ratio_of(logprob, old):
-    """logp − old in float64 from the unrounded log-prob, and exactly 0 where its float32 bits equal old's.
+    """logp − old in float64 from the unrounded log-prob; exactly 0 where its float32 bits are old's.
 
     Without the exception the ratio of a token scored twice would miss 1 by the rounding of `old`.
     """

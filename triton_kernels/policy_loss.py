@@ -1,11 +1,11 @@
 """Fused policy loss: statistics, objective and gradient of one row of logits in one launch.
 
-    ℓ_t = objective(log π(a_t), old_t, A_t) + kl_coef·KL_t − entropy_coef·H_t           (per token, unweighted)
-    grad_t = weight_t·(1/τ)·[ g·(e_a − π) − h·π·(log π + H) ],   g = ∂ℓ/∂log π(a),   h = −entropy_coef
+    ℓ_t = objective(log π(a_t), old_t, A_t) + kl_coef·KL_t − entropy_coef·H_t       (unweighted)
+    grad_t = weight_t·(1/τ)·[ g·(e_a − π) − h·π·(log π + H) ],   g = ∂ℓ/∂log π(a),  h = −entropy_coef
 
-logits [..., V]; tokens int64 [T]; old_logprobs, advantages, weight, ref_logprobs, loss, logprob, entropy
-float32 [T]; grad like logits, or logits itself. Where weight is 0 the row is never read, its outputs and its
-gradient are 0, and everything else on it may be NaN. old_logprobs None: ratio 1.
+logits [..., V]; tokens int64 [T]; old_logprobs, advantages, weight, ref_logprobs, loss, logprob,
+entropy float32 [T]; grad like logits, or logits itself. Where weight is 0 the row is never read, its
+outputs and its gradient are 0, and everything else on it may be NaN. old_logprobs None: ratio 1.
 """
 
 import math
@@ -104,7 +104,8 @@ def policy_loss_fwd_kernel(
             tau = tl.load(temperature_ptr + row)
         else:
             tau = tau * temperature
-        # Before the statistics, whose reductions are barriers: in place, another warp may soon overwrite z_a.
+        # Before the statistics, whose reductions are barriers: in place, another warp may soon
+        # overwrite z_a.
         z_token = load_token_logit(z_ptr, token, vocab_size)
         m, s, e = statistics(z_ptr, vocab_size, scale_of(tau), BLOCK)
         logprob = logprob_of(m, s, z_token, tau)
@@ -182,7 +183,7 @@ def policy_loss_fwd(
 ):
     """Fill loss, logprob, entropy (unless None) and grad (unless None; may be logits itself).
 
-    terms: the fields of pyrlk.objective.Terms, all of them run-time values except the choice of formula.
+    terms: the fields of pyrlk.objective.Terms; all run-time values except the choice of formula.
     """
     r = _row.rows(logits)
     to = r if grad is None else _row.rows(grad)
@@ -247,7 +248,9 @@ def reinforce_grad_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    to_ptr = grad_ptr + row_offset(row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN)
+    to_ptr = grad_ptr + row_offset(
+        row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN
+    )
     token = tl.load(tokens_ptr + row)
     advantage = tl.load(advantages_ptr + row, mask=token != -100, other=0.0)
     if advantage == 0.0:

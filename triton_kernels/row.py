@@ -1,13 +1,14 @@
-"""Row statistics and row gradient of logits z[V] at temperature τ: shared by scorer, losses and sampler.
+"""Row statistics and row gradient of logits z[V] at temperature τ, shared by every op on logits.
 
     c = log2(e)/τ      y = (z − m)·c      e = 2^y
     m = max z          s = Σ e            E = Σ e·y          z_a = z[token]
     log π(a) = (z_a − m)/τ − ln s         H = ln s − ln2·E/s
     ∂ℓ/∂z = (1/τ)·[ g·(e_a − π) − h·π·(log π + H) ],   log π + H = ln2·(y − E/s)
 
-A row is read in tiles of 4096 columns; each tile has its own (m, s, E), and tiles are combined in index
-order, so the bits depend on the row alone. Reductions follow the layout the compiler picks for a load, which
-depends on dtype and alignment: bits are equal between kernels for equal dtype and 16-byte alignment.
+A row is read in tiles of 4096 columns; each tile has its own (m, s, E), and tiles are combined in
+index order, so the bits depend on the row alone. Reductions follow the layout the compiler picks for a
+load, which depends on dtype and alignment: bits are equal between kernels for equal dtype and
+16-byte alignment.
 """
 
 import math
@@ -19,13 +20,14 @@ import triton.language as tl
 
 TILE = 4096
 
-# Fusion is off everywhere: a multiply-add that one kernel fuses and another does not would break the promise
-# that scorer and sampler report the same bits. Eight warps fix the order of reductions for the same reason.
+# Fusion is off everywhere: a multiply-add that one kernel fuses and another does not would break the
+# promise that scorer and sampler report the same bits. Eight warps fix the order of reductions for
+# the same reason.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 class Rows(NamedTuple):
-    """Where row t of a tensor [..., V] begins: (t // inner)·stride_outer + (t % inner)·stride_inner."""
+    """Row t of a tensor [..., V] begins at (t // inner)·stride_outer + (t % inner)·stride_inner."""
 
     count: int
     inner: int
@@ -45,13 +47,19 @@ def rows(x: torch.Tensor) -> Rows:
         else:
             levels.append((size, stride))
     if len(levels) > 2:
-        raise ValueError(f"rows of shape {tuple(x.shape)} and strides {x.stride()} need three levels")
+        raise ValueError(
+            f"rows of shape {tuple(x.shape)} and strides {x.stride()} need three levels"
+        )
     inner, stride_inner = levels[-1] if levels else (1, 0)
     stride_outer = levels[0][1] if len(levels) == 2 else 0
     bytes_ = x.element_size()
     aligned = all(b % 16 == 0 for b in (x.data_ptr(), stride_outer * bytes_, stride_inner * bytes_))
     return Rows(
-        math.prod(x.shape[:-1]), max(inner, 1), stride_outer, stride_inner, 16 // bytes_ if aligned else 1
+        math.prod(x.shape[:-1]),
+        max(inner, 1),
+        stride_outer,
+        stride_inner,
+        16 // bytes_ if aligned else 1,
     )
 
 
@@ -78,10 +86,10 @@ def scale_of(tau):
 
 @triton.jit
 def tile_statistics(z, c):
-    """(m, s, E) of one tile. −inf weighs 0; NaN and +inf make s NaN; an all −inf tile is (−inf, 0, 0)."""
+    """(m, s, E) of one tile. −inf weighs 0; NaN and +inf make s NaN; all −inf gives (−inf, 0, 0)."""
     top = tl.max(z, 0)
     reference = tl.where(top == float("-inf"), 0.0, top)
-    # The floor turns −inf into a weight of exactly 0 whose product with y is 0 as well. It keeps NaN.
+    # The floor turns −inf into a weight of exactly 0 whose product with y is 0 too. It keeps NaN.
     y = tl.maximum((z - reference) * c, -200.0, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(y)
     return top, tl.sum(e, 0), tl.sum(e * y, 0)
@@ -106,7 +114,7 @@ def statistics(z_ptr, vocab_size, c, BLOCK: tl.constexpr):
     s = tl.full([], 0.0, tl.float32)
     e = tl.full([], 0.0, tl.float32)
     column = tl.arange(0, BLOCK)
-    # Whole tiles carry no mask: a mask against a length of unknown divisibility would narrow the loads.
+    # Whole tiles carry no mask: against a length of unknown divisibility it would narrow the loads.
     whole = vocab_size // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         z = tl.load(z_ptr + start + column).to(tl.float32)
@@ -155,8 +163,8 @@ def write_gradient(
 ):
     """∂ℓ/∂z of a row, 0 in the padding columns [vocab_size, width).
 
-    Walks backwards: what the statistics read last is still in cache. Each element is stored by a value that
-    was computed from it, so `grad_ptr` may be `z_ptr`.
+    Walks backwards: what the statistics read last is still in cache. What is stored at an element is
+    computed from it, so `grad_ptr` may be `z_ptr`.
     """
     column = tl.arange(0, BLOCK)
     # A token that is no column has no gradient to be right about.
