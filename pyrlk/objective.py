@@ -24,7 +24,9 @@ AGGREGATIONS = ("token", "sequence", "sequence-sum", "constant")
 KL_KINDS = ("k1", "k2", "k3")
 
 
-def _check_number(owner: str, name: str, value, low: float, high: float = math.inf, *, open_low=False):
+def _check_number(
+    owner: str, name: str, value, low: float, high: float = math.inf, *, open_low=False
+):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}.{name} must be a number, got {type(value).__name__}")
     inside = (low < value if open_low else low <= value) and value <= high
@@ -154,7 +156,9 @@ class Terms:
     entropy_coef: float = 0.0
 
 
-def terms(objective: Objective, *, kl="k3", kl_coef=0.0, kl_importance=False, entropy_coef=0.0) -> Terms:
+def terms(
+    objective: Objective, *, kl="k3", kl_coef=0.0, kl_importance=False, entropy_coef=0.0
+) -> Terms:
     """The flat form of an objective and its regularisers."""
     clipped = not isinstance(objective, REINFORCE)
     dual_clip = getattr(objective, "dual_clip", None)
@@ -296,7 +300,9 @@ def correction_weights(
     log_ratio = torch.where(counted, (old_logprobs - rollout_logprobs).detach(), 0.0)
     if tis.level == "sequence":
         if seqs is None:
-            raise ValueError("cu_seqlens is needed: correction is TIS(level='sequence') on flat tokens")
+            raise ValueError(
+                "cu_seqlens is needed: correction is TIS(level='sequence') on flat tokens"
+            )
         log_ratio = seqs.spread(seqs.sum(log_ratio))
     ratio = torch.exp(log_ratio)
     if tis.mode == "clip":

@@ -38,7 +38,9 @@ def _entropy(logprob: Tensor) -> Tensor:
 
 
 def _per_row(temperature, logits: Tensor):
-    return temperature[..., None].to(logits.dtype) if isinstance(temperature, Tensor) else temperature
+    return (
+        temperature[..., None].to(logits.dtype) if isinstance(temperature, Tensor) else temperature
+    )
 
 
 def reinforce_grad(logits, tokens, advantages, *, temperature=1.0):
@@ -46,7 +48,9 @@ def reinforce_grad(logits, tokens, advantages, *, temperature=1.0):
     keep = tokens != -100
     z = torch.where(keep[..., None], logits, 0.0) / _per_row(temperature, logits)
     onehot = torch.zeros_like(z).scatter_(-1, torch.where(keep, tokens, 0)[..., None], 1.0)
-    scale = torch.where(keep, advantages, 0.0).to(z.dtype)[..., None] / _per_row(temperature, logits)
+    scale = torch.where(keep, advantages, 0.0).to(z.dtype)[..., None] / _per_row(
+        temperature, logits
+    )
     return scale * (z.softmax(-1) - onehot)
 
 
@@ -219,6 +223,11 @@ def uniform_bits(seed: int, position: int, stream: int = 0) -> int:
     key = [seed & MASK32, seed >> 32 & MASK32]
     for _ in range(10):
         a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [b >> 32 ^ counter[1] ^ key[0], b & MASK32, a >> 32 ^ counter[3] ^ key[1], a & MASK32]
+        counter = [
+            b >> 32 ^ counter[1] ^ key[0],
+            b & MASK32,
+            a >> 32 ^ counter[3] ^ key[1],
+            a & MASK32,
+        ]
         key = [(key[0] + 0x9E3779B9) & MASK32, (key[1] + 0xBB67AE85) & MASK32]
     return counter[0] << 32 | counter[1]

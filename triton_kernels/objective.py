@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def log_ratio_of(logprob, old):
-    """logp − old in float64 from the unrounded log-prob; exactly 0 where its float32 bits are old's.
+    """logp − old in float64, from the unrounded log-prob; 0 where its float32 bits are old's.
 
     Without the exception the ratio of a token scored twice would miss 1 by the rounding of `old`.
     """

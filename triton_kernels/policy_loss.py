@@ -1,11 +1,11 @@
 """Fused policy loss: statistics, objective and gradient of one row of logits in one launch.
 
     ℓ_t = objective(log π(a_t), old_t, A_t) + kl_coef·KL_t − entropy_coef·H_t       (unweighted)
-    grad_t = weight_t·(1/τ)·[ g·(e_a − π) − h·π·(log π + H) ],   g = ∂ℓ/∂log π(a),  h = −entropy_coef
+    grad_t = weight_t·(1/τ)·[ g·(e_a − π) − h·π·(log π + H) ], g = ∂ℓ/∂log π(a), h = −entropy_coef
 
 logits [..., V]; tokens int64 [T]; old_logprobs, advantages, weight, ref_logprobs, loss, logprob,
-entropy float32 [T]; grad like logits, or logits itself. Where weight is 0 the row is never read, its
-outputs and its gradient are 0, and everything else on it may be NaN. old_logprobs None: ratio 1.
+entropy float32 [T]; grad like logits, or logits itself. Where weight is 0 the row is never read,
+its outputs and its gradient are 0, and all else on it may be NaN. old_logprobs None: ratio 1.
 """
 
 import math
@@ -17,11 +17,13 @@ from . import row as _row
 from .objective import log_ratio_of, token_loss
 from .row import (
     entropy_of,
+    load_tile,
     load_token_logit,
     logprob_of,
     row_offset,
     scale_of,
     statistics,
+    store_tile,
     write_gradient,
     write_zeros,
 )
@@ -314,15 +316,9 @@ def scale_fwd_kernel(
     if scale != 1.0:
         row = tl.program_id(0).to(tl.int64)
         at_ptr = x_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        column = tl.arange(0, BLOCK)
-        whole = width // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
-            x = tl.load(at_ptr + start + column).to(tl.float32)
-            tl.store(at_ptr + start + column, (x * scale).to(x_ptr.dtype.element_ty))
-        if whole < width:
-            inside = whole + column < width
-            x = tl.load(at_ptr + whole + column, mask=inside).to(tl.float32)
-            tl.store(at_ptr + whole + column, (x * scale).to(x_ptr.dtype.element_ty), mask=inside)
+        for start in range(0, width, BLOCK):
+            x = load_tile(at_ptr, start, width, BLOCK)
+            store_tile(at_ptr, start, x * scale, width, BLOCK)
 
 
 def scale_(x, scale):

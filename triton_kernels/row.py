@@ -6,9 +6,8 @@
     ∂ℓ/∂z = (1/τ)·[ g·(e_a − π) − h·π·(log π + H) ],   log π + H = ln2·(y − E/s)
 
 A row is read in tiles of 4096 columns; each tile has its own (m, s, E), and tiles are combined in
-index order, so the bits depend on the row alone. Reductions follow the layout the compiler picks for a
-load, which depends on dtype and alignment: bits are equal between kernels for equal dtype and
-16-byte alignment.
+index order, so the bits depend on the row alone. Reductions follow the layout the compiler picks
+for a load, which depends on dtype and alignment: kernels give equal bits where those are equal.
 """
 
 import math
@@ -20,9 +19,9 @@ import triton.language as tl
 
 TILE = 4096
 
-# Fusion is off everywhere: a multiply-add that one kernel fuses and another does not would break the
-# promise that scorer and sampler report the same bits. Eight warps fix the order of reductions for
-# the same reason.
+# Fusion is off everywhere: a multiply-add that one kernel fuses and another does not would break
+# the promise that scorer and sampler report the same bits. Eight warps fix the order of reductions
+# for the same reason.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 
 
@@ -86,7 +85,7 @@ def scale_of(tau):
 
 @triton.jit
 def tile_statistics(z, c):
-    """(m, s, E) of one tile. −inf weighs 0; NaN and +inf make s NaN; all −inf gives (−inf, 0, 0)."""
+    """(m, s, E) of one tile. −inf weighs 0; NaN, +inf make s NaN; all −inf gives (−inf, 0, 0)."""
     top = tl.max(z, 0)
     reference = tl.where(top == float("-inf"), 0.0, top)
     # The floor turns −inf into a weight of exactly 0 whose product with y is 0 too. It keeps NaN.
@@ -108,21 +107,38 @@ def combine(m, s, e, tile_m, tile_s, tile_e, c):
 
 
 @triton.jit
+def load_tile(z_ptr, start, length, BLOCK: tl.constexpr):
+    """The tile at `start` in float32, −inf beyond the row.
+
+    Whole tiles carry no mask: against a length of unknown divisibility it would narrow the loads.
+    """
+    at = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= length:
+        z = tl.load(z_ptr + at).to(tl.float32)
+    else:
+        z = tl.load(z_ptr + at, mask=at < length, other=float("-inf")).to(tl.float32)
+    return z
+
+
+@triton.jit
+def store_tile(z_ptr, start, z, length, BLOCK: tl.constexpr):
+    """Write the tile at `start` in the dtype of the row, nothing beyond its length."""
+    at = start + tl.arange(0, BLOCK)
+    z = z.to(z_ptr.dtype.element_ty)
+    if start + BLOCK <= length:
+        tl.store(z_ptr + at, z)
+    else:
+        tl.store(z_ptr + at, z, mask=at < length)
+
+
+@triton.jit
 def statistics(z_ptr, vocab_size, c, BLOCK: tl.constexpr):
     """(m, s, E) of the row at `z_ptr`."""
     m = tl.full([], float("-inf"), tl.float32)
     s = tl.full([], 0.0, tl.float32)
     e = tl.full([], 0.0, tl.float32)
-    column = tl.arange(0, BLOCK)
-    # Whole tiles carry no mask: against a length of unknown divisibility it would narrow the loads.
-    whole = vocab_size // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        z = tl.load(z_ptr + start + column).to(tl.float32)
-        tile_m, tile_s, tile_e = tile_statistics(z, c)
-        m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
-    if whole < vocab_size:
-        inside = whole + column < vocab_size
-        z = tl.load(z_ptr + whole + column, mask=inside, other=float("-inf")).to(tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        z = load_tile(z_ptr, start, vocab_size, BLOCK)
         tile_m, tile_s, tile_e = tile_statistics(z, c)
         m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
     return m, s, e
@@ -163,37 +179,29 @@ def write_gradient(
 ):
     """∂ℓ/∂z of a row, 0 in the padding columns [vocab_size, width).
 
-    Walks backwards: what the statistics read last is still in cache. What is stored at an element is
-    computed from it, so `grad_ptr` may be `z_ptr`.
+    Walks backwards: what the statistics read last is still in cache. What is stored at an element
+    is computed from it, so `grad_ptr` may be `z_ptr`.
     """
-    column = tl.arange(0, BLOCK)
     # A token that is no column has no gradient to be right about.
     inside = (token >= 0) & (token < vocab_size)
     g = tl.where(inside, g, float("nan")) / tau
     h = h / tau * 0.6931471805599453
     inverse_s = tl.div_rn(tl.full([], 1.0, tl.float32), s)
     mean_y = e * inverse_s
-    whole = vocab_size // BLOCK * BLOCK
-    for start in range(whole, width, BLOCK):
-        at = start + column
-        z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
+    tiles = (width + BLOCK - 1) // BLOCK
+    for step in range(tiles):
+        start = (tiles - 1 - step) * BLOCK
+        at = start + tl.arange(0, BLOCK)
+        z = load_tile(z_ptr, start, vocab_size, BLOCK)
         grad = tile_gradient(z, at == token, m, c, inverse_s, mean_y, g, h)
+        # Beyond the vocabulary π is 0 by value, but g·0 is not where g is NaN or infinite.
         grad = tl.where(at < vocab_size, grad, 0.0)
-        tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=at < width)
-    for step in range(0, whole, BLOCK):
-        at = whole - BLOCK - step + column
-        z = tl.load(z_ptr + at).to(tl.float32)
-        grad = tile_gradient(z, at == token, m, c, inverse_s, mean_y, g, h)
-        tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty))
+        store_tile(grad_ptr, start, grad, width, BLOCK)
 
 
 @triton.jit
 def write_zeros(grad_ptr, width, BLOCK: tl.constexpr):
     """A row of zeros, for rows that are masked or have no gradient."""
-    column = tl.arange(0, BLOCK)
-    zeros = tl.zeros([BLOCK], dtype=grad_ptr.dtype.element_ty)
-    whole = width // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        tl.store(grad_ptr + start + column, zeros)
-    if whole < width:
-        tl.store(grad_ptr + whole + column, zeros, mask=whole + column < width)
+    zeros = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        store_tile(grad_ptr, start, zeros, width, BLOCK)

@@ -5,11 +5,12 @@
     top-k    min(k, finite logits) tokens            min-p    logit ≥ m + τ·ln(min_p)
     top-p    shortest prefix with mass ≥ max(ceil(floor(p·2^32)·Z / 2^32), 1),
              Z the mass of the top-k set or, joint, of the row
-    draw     first kept id whose running mass exceeds floor(u·Z_kept / 2^64), u = Philox(seed, position)
+    draw     first kept id whose running mass exceeds floor(u·Z_kept / 2^64),
+             u the 64 bits of Philox4x32-10 at (seed, position)
 
-A prefix is two numbers: the key of the last logit it keeps (`cut`, an integer in logit order) and the
-last id it keeps among the ties of that logit, found by bisection over keys, one sweep a step; nothing
-is sorted. Reported log-probs come from row.py, so they are the scorer's bits.
+A prefix is two numbers: the key of the last logit it keeps (`cut`, an integer in logit order) and
+the last id it keeps among the ties of that logit, found by bisection over keys, one sweep a step;
+nothing is sorted. Reported log-probs come from row.py, so they are the scorer's bits.
 logits [B, V]; parameters, seed, position and outputs [B]; status bits as below.
 """
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import row as _row
-from .row import combine, logprob_of, row_offset, scale_of, tile_statistics
+from .row import combine, load_tile, logprob_of, row_offset, scale_of, tile_statistics
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 
@@ -76,17 +77,16 @@ def measure(
 ):
     """Mass, or number, of the tokens in the prefix (cut, last)."""
     column = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.int64)
+    total = tl.full([], 0, tl.int64)
     for start in range(0, vocab_size, BLOCK):
         at = start + column
-        z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
-        z = clean(z, top_is_inf)
+        z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
         kept = is_kept(key_of(z, SHIFT), at, cut, last)
         if MASS:
-            total += tl.where(kept, mass_of(z, m, c), 0)
+            total += tl.sum(tl.where(kept, mass_of(z, m, c), 0), 0)
         else:
-            total += kept.to(tl.int64)
-    return tl.sum(total, 0)
+            total += tl.sum(kept.to(tl.int32), 0)
+    return total
 
 
 @triton.jit
@@ -122,8 +122,7 @@ def prefix(
     last = vocab_size
     for start in range(0, vocab_size, BLOCK):
         at = start + column
-        z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
-        z = clean(z, top_is_inf)
+        z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
         if MASS:
             weight = tl.where(key_of(z, SHIFT) == cut, mass_of(z, m, c), 0)
         else:
@@ -142,27 +141,17 @@ def full_statistics(z_ptr, vocab_size, c, BLOCK: tl.constexpr):
     m = tl.full([], float("-inf"), tl.float32)
     s = tl.full([], 0.0, tl.float32)
     e = tl.full([], 0.0, tl.float32)
-    column = tl.arange(0, BLOCK)
-    finite = tl.zeros([BLOCK], dtype=tl.int32)
-    infinite = tl.zeros([BLOCK], dtype=tl.int32)
-    nan = tl.zeros([BLOCK], dtype=tl.int32)
-    whole = vocab_size // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        raw = tl.load(z_ptr + start + column).to(tl.float32)
-        nan += (raw != raw).to(tl.int32)
-        infinite += (raw == float("inf")).to(tl.int32)
-        finite += (tl.abs(raw) < float("inf")).to(tl.int32)
-        tile_m, tile_s, tile_e = tile_statistics(clean(raw, False), c)
+    finite = tl.full([], 0, tl.int32)
+    infinite = tl.full([], 0, tl.int32)
+    nan = tl.full([], 0, tl.int32)
+    for start in range(0, vocab_size, BLOCK):
+        z = load_tile(z_ptr, start, vocab_size, BLOCK)
+        finite += tl.sum((tl.abs(z) < float("inf")).to(tl.int32), 0)
+        infinite += tl.sum((z == float("inf")).to(tl.int32), 0)
+        nan += tl.sum((z != z).to(tl.int32), 0)
+        tile_m, tile_s, tile_e = tile_statistics(clean(z, False), c)
         m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
-    if whole < vocab_size:
-        inside = whole + column < vocab_size
-        raw = tl.load(z_ptr + whole + column, mask=inside, other=float("-inf")).to(tl.float32)
-        nan += (raw != raw).to(tl.int32)
-        infinite += (raw == float("inf")).to(tl.int32)
-        finite += (tl.abs(raw) < float("inf")).to(tl.int32)
-        tile_m, tile_s, tile_e = tile_statistics(clean(raw, False), c)
-        m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
-    return m, s, tl.sum(finite, 0), tl.sum(infinite, 0), tl.sum(nan, 0)
+    return m, s, finite, infinite, nan
 
 
 @triton.jit
@@ -182,29 +171,17 @@ def kept_statistics(
     m = tl.full([], float("-inf"), tl.float32)
     s = tl.full([], 0.0, tl.float32)
     e = tl.full([], 0.0, tl.float32)
-    number = tl.zeros([BLOCK], dtype=tl.int32)
-    mass = tl.zeros([BLOCK], dtype=tl.int64)
-    column = tl.arange(0, BLOCK)
-    whole = vocab_size // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        z = clean(tl.load(z_ptr + start + column).to(tl.float32), top_is_inf)
-        kept = is_kept(key_of(z, SHIFT), start + column, cut, last)
+    number = tl.full([], 0, tl.int32)
+    mass = tl.full([], 0, tl.int64)
+    for start in range(0, vocab_size, BLOCK):
+        z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
+        kept = is_kept(key_of(z, SHIFT), start + tl.arange(0, BLOCK), cut, last)
         z = tl.where(kept, z, float("-inf"))
-        number += kept.to(tl.int32)
-        mass += mass_of(z, top, mass_c)
+        number += tl.sum(kept.to(tl.int32), 0)
+        mass += tl.sum(mass_of(z, top, mass_c), 0)
         tile_m, tile_s, tile_e = tile_statistics(z, c)
         m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
-    if whole < vocab_size:
-        at = whole + column
-        z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
-        z = clean(z, top_is_inf)
-        kept = is_kept(key_of(z, SHIFT), at, cut, last)
-        z = tl.where(kept, z, float("-inf"))
-        number += kept.to(tl.int32)
-        mass += mass_of(z, top, mass_c)
-        tile_m, tile_s, tile_e = tile_statistics(z, c)
-        m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
-    return m, s, tl.sum(number, 0), tl.sum(mass, 0)
+    return m, s, number, mass
 
 
 @triton.jit
@@ -228,8 +205,7 @@ def draw(
     token = vocab_size
     for start in range(0, vocab_size, BLOCK):
         at = start + column
-        z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
-        z = clean(z, top_is_inf)
+        z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
         kept = is_kept(key_of(z, SHIFT), at, cut, last)
         weight = tl.where(kept, mass_of(z, m, c), 0)
         total = tl.sum(weight, 0)
@@ -396,7 +372,7 @@ def sample_fwd(
 ):
     """Fill token int64, logprob, full_logprob float32, kept int32, status uint8, all [B].
 
-    temperature, top_p, min_p float32 [B]; top_k, seed, position int64 [B]; joint: Z of the whole row.
+    temperature, top_p, min_p float32 [B]; top_k, seed, position int64 [B]; joint: Z of the row.
     bounds int64 [B, 2], unless None, receives the kept set in the form that `support_fwd` reads.
     """
     r = _row.rows(logits)
@@ -462,8 +438,8 @@ def support_fwd_kernel(
         column = tl.arange(0, BLOCK)
         for start in range(0, vocab_size, BLOCK):
             at = start + column
-            z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
-            kept = is_kept(key_of(clean(z, top_is_inf), SHIFT), at, cut, last)
+            z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
+            kept = is_kept(key_of(z, SHIFT), at, cut, last)
             rank = tl.cumsum(kept.to(tl.int32), 0)
             tl.store(ids_ptr + begin + rank - 1, at, mask=kept)
             begin += tl.sum(kept.to(tl.int32), 0)
@@ -472,8 +448,8 @@ def support_fwd_kernel(
 def support_fwd(logits, bounds, kept, status, ids, offsets):
     """Fill ids int32 [capacity] and offsets int64 [B + 1] with the kept sets of `sample_fwd`.
 
-    Ids ascend in a row. offsets are those of a buffer without end; a row that ends beyond the capacity
-    is not written and has OVERFLOW set in status.
+    Ids ascend in a row. offsets are those of a buffer without end; a row that ends beyond the
+    capacity is not written and has OVERFLOW set in status.
     """
     r = _row.rows(logits)
     offsets[:1].zero_()
