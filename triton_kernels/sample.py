@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 
 from . import row as _row
-from .row import combine, load_tile, logprob_of, row_offset, scale_of, tile_statistics
+from .row import (
+    combine,
+    load_tile,
+    load_token_logit,
+    logprob_of,
+    row_offset,
+    scale_of,
+    tile_statistics,
+)
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 
@@ -341,7 +349,7 @@ def sample_fwd_kernel(
             bits = uniform_bits(tl.load(seed_ptr + row), tl.load(position_ptr + row))
             target = tl.umulhi(bits, pool.to(tl.uint64)).to(tl.int64)
             token = draw(z_ptr, vocab_size, m, mass_c, top_is_inf, cut, last, target, BLOCK, SHIFT)
-            z_token = clean(tl.load(z_ptr + token).to(tl.float32), top_is_inf)
+            z_token = clean(load_token_logit(z_ptr, token, vocab_size), top_is_inf)
             full_logprob = tl.where(greedy, 0.0, logprob_of(m, s, z_token, tau))
             logprob = tl.where(greedy, 0.0, logprob_of(kept_m, kept_s, z_token, tau))
     tl.store(token_ptr + row, token.to(tl.int64))
