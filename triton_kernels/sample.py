@@ -340,7 +340,9 @@ def sample_fwd_kernel(
                 rounded = floor.to(tl.float32)
                 floor_key = key_of(rounded, 0).to(tl.int64)
                 floor_key += (rounded.to(tl.float64) < floor).to(tl.int64)
-                floor_cut = ((floor_key + ((1 << SHIFT) - 1)) >> SHIFT).to(tl.int32)
+                # The bits that SHIFT drops are 0 in every positive key of the dtype, 1 in every negative.
+                floor_key += tl.where(floor_key >= 0, (1 << SHIFT) - 1, 0)
+                floor_cut = (floor_key >> SHIFT).to(tl.int32)
                 last = tl.where(floor_cut > cut, vocab_size, last)
                 cut = tl.maximum(cut, floor_cut)
             kept_m, kept_s, kept, pool = kept_statistics(

@@ -5,7 +5,28 @@ import types
 import pytest
 import torch
 
+from triton.runtime import interpreter
+
 from pyrlk.triton_kernels import logprob, policy_loss, row, sample
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patch_the_language_once():
+    """Save four fifths of the interpreter's time: it patches all of triton.language at every device call.
+
+    A launch has patched what our own functions see; triton's library needs it once a function.
+    """
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("triton.") and self.fn not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture
