@@ -115,7 +115,8 @@ def prefix(
     low = low.to(tl.int64)
     high = high.to(tl.int64)
     above = tl.full([], 0, tl.int64)
-    while low < high:
+    exact = tl.full([], 0, tl.int32)
+    while (low < high) & (exact == 0):
         middle = (low + high + 1) >> 1
         found = measure(
             z_ptr, vocab_size, m, c, top_is_inf, middle.to(tl.int32), vocab_size, MASS, BLOCK, SHIFT
@@ -124,22 +125,25 @@ def prefix(
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
         above = tl.where(enough, above, found)
+        exact = (found == need).to(tl.int32)
     cut = low.to(tl.int32)
-    # `above` now measures the keys beyond the cut: the last refused threshold was cut + 1.
-    column = tl.arange(0, BLOCK)
     last = vocab_size
-    for start in range(0, vocab_size, BLOCK):
-        at = start + column
-        z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
-        if MASS:
-            weight = tl.where(key_of(z, SHIFT) == cut, mass_of(z, m, c), 0)
-        else:
-            weight = (key_of(z, SHIFT) == cut).to(tl.int64)
-        total = tl.sum(weight, 0)
-        if (above < need) & (above + total >= need):
-            reached = above + tl.cumsum(weight, 0) >= need
-            last = tl.min(tl.where(reached, at, vocab_size), 0)
-        above += total
+    # An exact threshold keeps all it passes, whether or not a logit lies on it. Otherwise some ties of
+    # the cut stay: `above` measures the keys beyond it, because the last refused threshold was cut + 1.
+    if exact == 0:
+        for start in range(0, vocab_size, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            z = clean(load_tile(z_ptr, start, vocab_size, BLOCK), top_is_inf)
+            tied = key_of(z, SHIFT) == cut
+            if MASS:
+                weight = tl.where(tied, mass_of(z, m, c), 0)
+            else:
+                weight = tied.to(tl.int64)
+            total = tl.sum(weight, 0)
+            if (above < need) & (above + total >= need):
+                reached = above + tl.cumsum(weight, 0) >= need
+                last = tl.min(tl.where(reached, at, vocab_size), 0)
+            above += total
     return cut, last
 
 
