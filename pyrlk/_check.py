@@ -7,11 +7,23 @@ themselves.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MASK_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    *LOGITS_DTYPES,
+    torch.float64,
+)
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def tensor(name: str, x) -> Tensor:
@@ -19,6 +31,8 @@ def tensor(name: str, x) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.device.type not in ("cpu", "cuda"):
         raise TypeError(f"{name} must be on cpu or cuda, got a tensor on {x.device}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
     return x
 
 
@@ -26,12 +40,19 @@ def number(name: str, x, low=-math.inf, high=math.inf, *, above: bool = False) -
     """A finite host number in [low, high], or in (low, high] where `above`."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    inside = (x > low if above else x >= low) and x <= high and abs(x) != math.inf
+    inside = (x > low if above else x >= low) and x <= high and abs(x) <= sys.float_info.max
     if not inside:
         left = "(" if above or low == -math.inf else "["
         right = ")" if high == math.inf else "]"
         raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, got {x}")
     return float(x)
+
+
+def float32_number(name: str, x: float) -> float:
+    """`x` where float32 holds it: neither too large for it, nor rounded to 0."""
+    if abs(x) > _FLOAT32.max or (x != 0 and abs(x) < _FLOAT32.smallest_normal / 2**23):
+        raise ValueError(f"{name} must be representable in float32, got {x}")
+    return x
 
 
 def integer(name: str, x) -> int:
@@ -95,6 +116,15 @@ def row_layout(x: Tensor, name: str = "logits") -> tuple[int, int, int, int]:
     return rows, levels[1][0], levels[0][1], levels[1][1]
 
 
+def disjoint_rows(x: Tensor, message: str) -> None:
+    """Refuses to write where two elements share memory: expanded or overlapping rows."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{message} (strides {list(x.stride())}); use .clone()")
+        reach += (size - 1) * stride
+
+
 def like(name: str, x, other: Tensor, other_name: str = "logits") -> Tensor:
     x = tensor(name, x)
     if x.device != other.device:
@@ -130,7 +160,7 @@ def floating(name: str, x, z: Tensor, shape=None, other_name: str = "logits") ->
 
 def mask(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
     x = like("mask", x, z, other_name)
-    if x.is_complex():
+    if x.dtype not in _MASK_DTYPES:
         raise TypeError(f"mask must be bool, int or float, got {x.dtype}")
     return shaped("mask", x, shape)
 
@@ -139,7 +169,8 @@ def temperature(x, z: Tensor, shape) -> tuple[float, Tensor | None]:
     """(number, per-token tensor or None); τ > 0."""
     if isinstance(x, Tensor):
         return 1.0, floating("temperature", x, z, shape)
-    return number("temperature", x, 0.0, above=True), None
+    value = number("temperature", x, 0.0, above=True)
+    return value if z.dtype == torch.float64 else float32_number("temperature", value), None
 
 
 def vocab_size(x, z: Tensor) -> int:
@@ -178,13 +209,14 @@ def advantages(x, z: Tensor, shape, seqs, other_name: str = "logits") -> Tensor:
 # Values, on CPU only: there reading them costs nothing but the read.
 
 
-def mask_values(x: Tensor | None) -> None:
+def mask_values(x: Tensor | None, counted: Tensor | bool = True) -> None:
+    """Weights are finite and ≥ 0 where `counted`."""
     if x is None or x.dtype == torch.bool or x.numel() == 0:
         return
-    bad = (~(x >= 0)).reshape(-1)
+    bad = (counted & ~((x >= 0) & (x < math.inf))).reshape(-1)
     if bad.any():
         at = int(bad.to(torch.int8).argmax())
-        raise ValueError(f"mask[{at}] = {x.reshape(-1)[at].item()} must be a weight ≥ 0")
+        raise ValueError(f"mask[{at}] = {x.reshape(-1)[at].item()} must be a finite weight ≥ 0")
 
 
 def cu_seqlens_values(x: Tensor | None, total: int) -> None:
@@ -210,8 +242,8 @@ def temperature_values(x: Tensor | None, counted: Tensor) -> None:
 
 
 def normalizer_value(x: Tensor | None) -> None:
-    if x is not None and not x > 0:
-        raise ValueError(f"normalizer must be > 0, got {x.item()}")
+    if x is not None and not 0 < x < math.inf:
+        raise ValueError(f"normalizer must be finite and > 0, got {x.item()}")
 
 
 def bad_token(at: int, tokens: Tensor, vocab: int) -> None:

@@ -11,6 +11,7 @@ position). A row's result depends on its logits, parameters, seed and position a
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,10 @@ class Support(NamedTuple):
 
     def to_mask(self, vocab_size: int) -> Tensor:
         """bool [B, V]: True where a token was kept."""
-        vocab_size = _check.integer("vocab_size", vocab_size)
+        if _check.integer("vocab_size", vocab_size) < 1:
+            raise ValueError(f"vocab_size must be ≥ 1, got {vocab_size}")
+        if self.ids.is_cpu and self.ids.numel() and self.ids.max() >= vocab_size:
+            raise ValueError(f"vocab_size must exceed every id, got {vocab_size}")
         count = self.offsets.numel() - 1
         slots = torch.arange(self.ids.numel(), device=self.ids.device)
         row = torch.searchsorted(self.offsets[1:], slots, right=True)
@@ -56,10 +60,10 @@ class Support(NamedTuple):
     @staticmethod
     def from_lists(rows, device=None) -> Support:
         """From one list of ids a row, in any order."""
-        ascending = [sorted(int(i) for i in row) for row in rows]
+        ascending = [sorted(operator.index(i) for i in row) for row in rows]
         for b, row in enumerate(ascending):
-            if len(set(row)) != len(row) or (row and row[0] < 0):
-                raise ValueError(f"rows[{b}] must hold distinct ids ≥ 0, got {row}")
+            if len(set(row)) != len(row) or (row and not 0 <= row[0] <= row[-1] < 1 << 31):
+                raise ValueError(f"rows[{b}] must hold distinct ids in [0, 2^31), got {row}")
         offsets = torch.tensor([0, *(len(row) for row in ascending)], dtype=torch.int64).cumsum(0)
         ids = torch.tensor([i for row in ascending for i in row], dtype=torch.int32)
         return Support(ids.to(device), offsets.to(device))
@@ -176,6 +180,8 @@ def _float_rows(name: str, x, z: Tensor, low: float, high: float = float("inf"))
             raise TypeError(f"{name} must be a float tensor, got {x.dtype}")
         return x.to(torch.float32).contiguous()
     value = _check.number(name, x, low, high)
+    if value > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be representable in float32, got {value}")
     return torch.full((z.shape[:-1].numel(),), value, dtype=torch.float32, device=z.device)
 
 
@@ -212,12 +218,21 @@ def _row_value_error(row: int, tau, p, least) -> None:
 
 
 def _run_cpu(logits, tau, k, p, least, seeds, positions, joint, support):
-    out = _outputs(logits)
+    out = token, logprob, full_logprob, kept, status = _outputs(logits)
     bad = _C.sample(
         _op.rows(logits, logits.shape[-1]),
-        *(x.data_ptr() for x in (tau, k, p, least, seeds, positions)),
+        tau.data_ptr(),
+        k.data_ptr(),
+        p.data_ptr(),
+        least.data_ptr(),
+        seeds.data_ptr(),
+        positions.data_ptr(),
         joint,
-        *(x.data_ptr() for x in out),
+        token.data_ptr(),
+        logprob.data_ptr(),
+        full_logprob.data_ptr(),
+        kept.data_ptr(),
+        status.data_ptr(),
         support,
         _op.threads(),
     )

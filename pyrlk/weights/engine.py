@@ -6,7 +6,6 @@ apply(segment, bucket)    copies one bucket; with sums, proves what it copied
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -25,6 +24,7 @@ from .errors import (
 from .layout import Entry, Layout
 
 LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], object]
+_Target = tuple[Tensor, Entry, int]  # where to, from where, and which sum of the bucket
 
 
 class ModuleEngine:
@@ -34,57 +34,49 @@ class ModuleEngine:
 
     def __init__(self, module: nn.Module):
         self._module = module
-        self._targets: dict[str, Tensor] = {}
-        self._layout: Layout | None = None
+        self._targets: list[list[_Target]] = []
 
     def check(self, layout: Layout, partial: bool) -> None:
         # Looked up anew at every update: an engine may rebind its parameters in between.
         table = {n: t for n, t in self._module.state_dict().items() if isinstance(t, Tensor)}
-        check_names(layout, table, partial)
+        places = {name: _place(tensor) for name, tensor in table.items()}
+        check_names(layout, table, partial, places)
         sources: dict[tuple, Entry] = {}
-        for entry in layout.entries:
-            target = table[entry.name]
-            if target.device.type == "meta" or _overlaps_itself(target):
-                raise Unsupported(f"{entry.name!r}: the engine's tensor has no memory of its own")
-            other = sources.setdefault(_place(target), entry)
-            if entry.nbytes and (other.bucket, other.offset) != (entry.bucket, entry.offset):
-                raise Unsupported(
-                    f"{other.name!r} and {entry.name!r} are tied in the engine but not at the "
-                    "publisher: send one of them, or tie them there"
-                )
-        self._targets = {entry.name: table[entry.name] for entry in layout.entries}
-        self._layout = layout
+        targets: list[list[_Target]] = []
+        for bucket in layout.members:
+            targets.append([])
+            for piece, sharing in enumerate(bucket):
+                for entry in (layout.entries[i] for i in sharing):
+                    target = table[entry.name]
+                    if target.device.type == "meta" or _overlaps_itself(target):
+                        raise Unsupported(
+                            f"{entry.name!r}: the engine's tensor has no memory of its own"
+                        )
+                    other = sources.setdefault(places[entry.name], entry)
+                    if other is entry:
+                        targets[-1].append((target, entry, piece))
+                    elif (other.bucket, other.offset) != (entry.bucket, entry.offset):
+                        raise Unsupported(
+                            f"{other.name!r} and {entry.name!r} are tied in the engine but not "
+                            "at the publisher: send one of them, or tie them there"
+                        )
+        self._targets = targets
 
     def apply(
         self, segment: memory.Segment, bucket: int, sums: tuple[int, ...], threads: int
     ) -> None:
-        assert self._layout is not None  # check() comes first
-        layout = self._layout
-        targets: list[memory.Placed] = []
-        owners: list[tuple[Entry, int]] = []
-        written: set[tuple] = set()
-        for k, sharing in enumerate(layout.members[bucket]):
-            for index in sharing:
-                entry = layout.entries[index]
-                target = self._targets[entry.name]
-                if (place := _place(target)) in written:
-                    continue
-                written.add(place)
-                targets.append((target, entry.offset))
-                owners.append((entry, sums[k] if sums else 0))
-        copied = segment.unpack(targets, checksum=bool(sums), threads=threads)
+        targets = self._targets[bucket]
+        placed = [(target, entry.offset) for target, entry, _ in targets]
+        copied = segment.unpack(placed, checksum=bool(sums), threads=threads)
         segment.finish()
-        for (target, _), (entry, want), got in zip(targets, owners, copied, strict=False):
-            if got != want:
-                raise mismatch(entry, want, got, "was copied", dirty=True)
-            _mark_changed(target)
-        if not sums:
-            for target, _ in targets:
-                _mark_changed(target)
+        # The copy went past autograd: tell it, so that a saved tensor is known to be outdated.
+        torch.autograd.graph.increment_version([t for t, _ in placed if not t.is_inference()])
+        for (_, entry, piece), got in zip(targets, copied, strict=False):
+            if got != sums[piece]:
+                raise mismatch(entry, sums[piece], got, "was copied", dirty=True)
 
     def release(self) -> None:
-        self._targets = {}
-        self._layout = None
+        self._targets = []
 
 
 class CallableEngine:
@@ -98,7 +90,8 @@ class CallableEngine:
 
     def check(self, layout: Layout, partial: bool) -> None:
         if self._expected is not None:
-            check_names(layout, self._expected, partial)
+            places = {name: _place(tensor) for name, tensor in self._expected.items()}
+            check_names(layout, self._expected, partial, places)
         self._layout = layout
 
     def apply(
@@ -123,7 +116,9 @@ class CallableEngine:
         self._layout = None
 
 
-def check_names(layout: Layout, table: Mapping[str, Tensor], partial: bool) -> None:
+def check_names(
+    layout: Layout, table: Mapping[str, Tensor], partial: bool, places: Mapping[str, tuple]
+) -> None:
     """Compare a manifest with the engine's tensors; the first difference is raised."""
     for entry in layout.entries:
         target = table.get(entry.name)
@@ -145,8 +140,8 @@ def check_names(layout: Layout, table: Mapping[str, Tensor], partial: bool) -> N
     if partial:
         return
     sent = {entry.name for entry in layout.entries}
-    covered = {_place(table[name]) for name in sent}
-    missing = [n for n, t in table.items() if n not in sent and _place(t) not in covered]
+    covered = {places[name] for name in sent}
+    missing = [name for name in table if name not in sent and places[name] not in covered]
     if missing:
         raise MissingName(
             f"the update lacks {_some(missing)} ({len(missing)} of the engine's {len(table)} "
@@ -173,12 +168,6 @@ def _place(tensor: Tensor) -> tuple:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     return any(z == 0 and n > 1 for n, z in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _mark_changed(tensor: Tensor) -> None:
-    """The copy went past autograd: tell it, so that a saved tensor is known to be outdated."""
-    with contextlib.suppress(RuntimeError):  # inference tensors have no version
-        torch.autograd.graph.increment_version(tensor)
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

@@ -16,6 +16,7 @@ import enum
 import os
 import secrets
 import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ class Segment:
     def pack(self, sources: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
         """Copy tensors in; the sum of each, or an empty list."""
         if self._by_address(sources):
-            pieces = [_piece(tensor, offset) for tensor, offset in sources]
+            pieces = _pieces(sources)
             return _C.pack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
         sums = []
         for tensor, offset in sources:
@@ -92,13 +93,14 @@ class Segment:
     def sums(self, ranges: Sequence[tuple[int, int]], *, threads: int) -> list[int]:
         """Sums of (offset, bytes) ranges, nothing copied."""
         if self._by_address():
-            return _C.checksum(self.flat.data_ptr(), self.nbytes, list(ranges), threads)
+            pairs = [number for pair in ranges for number in pair]
+            return _C.checksum(self.flat.data_ptr(), self.nbytes, pairs, threads)
         return _numbers([_sum_of(self.flat[at : at + count]) for at, count in ranges])
 
     def unpack(self, targets: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
         if self._by_address(targets):
-            pieces = [_piece(tensor, offset) for tensor, offset in targets]
+            pieces = _pieces(targets)
             return _C.unpack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
         sums = []
         for tensor, offset in targets:
@@ -279,14 +281,17 @@ class Ring:
             slot.segment.close()
 
 
-def _piece(tensor: Tensor, offset: int) -> tuple[int, int, int, list[int], list[int]]:
-    return (
-        tensor.data_ptr(),
-        offset,
-        tensor.element_size(),
-        list(tensor.shape),
-        list(tensor.stride()),
-    )
+def _pieces(placed: Sequence[Placed]) -> array[int]:
+    """Addresses, offsets, sizes and strides for the C++ side."""
+    numbers = array("Q")
+    for tensor, offset in placed:
+        if tensor.is_contiguous():
+            numbers.extend((tensor.data_ptr(), offset, 1, 1, tensor.nbytes, 1))
+        else:
+            numbers.extend((tensor.data_ptr(), offset, tensor.element_size(), tensor.ndim))
+            numbers.extend(tensor.shape)
+            numbers.extend(tensor.stride())
+    return numbers
 
 
 _SUM_WORDS = 1 << 22

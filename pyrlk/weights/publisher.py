@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import layout as layouts
 from . import memory, wire
-from .errors import EngineDirty, Timeout, Unsupported, UpdateError
+from .errors import EngineDirty, PeerLost, Timeout, Unsupported, UpdateError
 from .wire import Frame, Type
 
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | nn.Module
@@ -177,11 +177,8 @@ class Publisher:
             except BaseException as error:
                 if not session.settled:
                     self._drop(session)
-                if isinstance(error, Timeout):
-                    raise Timeout(
-                        f"{error}: version {version} was not applied within timeout="
-                        f"{self._timeout:g} s a wait; does the engine call receiver.poll()?"
-                    ) from None
+                if isinstance(error, PeerLost | Timeout):
+                    error.dirty = session.handed_over  # nobody is left to ask
                 raise
             self._boot = session.welcome.boot
             clock.seconds["verify"] = applied.verify_seconds
@@ -250,6 +247,7 @@ class _Session:
         self._timeout = timeout
         self.channel = wire.connect(path, time.monotonic() + patience)
         self.settled = True  # nothing of a transaction is under way
+        self.handed_over = False  # the receiver may have begun to copy
         self._ring = memory.Ring([])
         self._device = torch.device("cpu")
         self._transaction = 0
@@ -265,7 +263,7 @@ class _Session:
     def begin(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
         """Let the receiver judge the manifest; raises what it found."""
         self._transaction += 1
-        self.settled = False
+        self.settled = self.handed_over = False
         fds = []
         count = 0
         if layout.digest != self._digest:
@@ -334,6 +332,7 @@ class _Session:
             slot.segment.finish()
             slot.ready()
             message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums))
+            self.handed_over = True
             self._send(Type.BUCKET, message.encode())
             clock.lap("pack")
         while any(slot.state is memory.State.READY for slot in self._ring.slots):

@@ -108,8 +108,8 @@ class Receiver:
     def poll(self, timeout: float = 0.0) -> bool:
         """Apply an update if one begins within `timeout` seconds; True if there is a new version.
 
-        Returns at once where no publisher is there. An update that has begun is carried to its end;
-        one that fails leaves its reason in `last_error` and, if bytes were copied, `dirty`.
+        An update that has begun is carried to its end. One that fails ends the call at once and
+        leaves its reason in `last_error` and, if bytes were copied, sets `dirty`.
         """
         if self._closed:
             raise ValueError("this Receiver is closed")
@@ -128,9 +128,7 @@ class Receiver:
                 deadline = end if self._session is None else max(end, time.monotonic() + _PATIENCE)
             except UpdateError as error:
                 self._give_up(error)
-                deadline = end
-                if time.monotonic() >= end:
-                    return False
+                return False
 
     def serve(self, until: Callable[[], bool] | None = None) -> None:
         """`poll()` until `until()` is true or `stop()` is called from another thread."""
@@ -237,7 +235,10 @@ class Receiver:
             self._engine.release()
         # The one line that makes the new version visible.
         self.version, self.dirty, self.last_error = begin.version, False, None
-        self._send(Type.APPLIED, transaction, wire.Applied(begin.version, *seconds).encode())
+        try:
+            self._send(Type.APPLIED, transaction, wire.Applied(begin.version, *seconds).encode())
+        except UpdateError as error:
+            self._drop(error)  # the publisher left before it heard, but the version stands
         return True
 
     def _check(self, begin: wire.Begin, layout: layouts.Layout) -> None:

@@ -401,7 +401,9 @@ class Channel:
         if ready:
             raise PeerLost(f"{self.peer} has died")
         if left <= 0:
-            raise Timeout(f"{self.peer} did not answer in time")
+            raise Timeout(
+                f"{self.peer} did not answer within timeout; an engine must call receiver.poll()"
+            )
 
 
 def accept(frame: Frame, kind: Type, transaction: int) -> Frame:

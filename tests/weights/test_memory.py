@@ -24,7 +24,7 @@ def truth(data: bytes) -> int:
 @settings(max_examples=200, deadline=None)
 def test_cpp_torch_and_definition_agree_on_the_sum(data):
     tensor = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-    assert _C.checksum(tensor.data_ptr(), len(data), [(0, len(data))], 1) == [truth(data)]
+    assert _C.checksum(tensor.data_ptr(), len(data), [0, len(data)], 1) == [truth(data)]
     assert memory._numbers([memory._sum_of(tensor)]) == [truth(data)]
 
 
@@ -111,7 +111,7 @@ def test_memory_is_unmapped_when_the_last_view_dies():
 
 
 def test_what_does_not_fit_into_memory_is_an_error():
-    with pytest.raises(StagingError, match="more than the free memory.*; lower bucket_bytes"):
+    with pytest.raises(StagingError, match=r"more than the free memory.*; lower bucket_bytes"):
         memory.Host(1 << 50)
 
 

@@ -1,0 +1,47 @@
+# demo · test · test-gpu · bench · lint · docs: each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup build demo test test-gpu bench bench-gpu lint docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch numpy "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The extension follows its sources: CMake rebuilds what changed.
+build: $(READY)
+	$(BIN)/python setup.py -q build_ext --inplace
+
+demo: build
+	$(BIN)/pyrlk demo $(ARGS)
+
+test: build
+	$(BIN)/pytest tests -m "not gpu" $(ARGS)
+
+test-gpu: build
+	$(BIN)/pytest tests -m gpu $(ARGS)
+
+bench: build
+	$(BIN)/pyrlk bench --write bench/results $(ARGS)
+
+bench-gpu: build
+	$(BIN)/pyrlk bench --device cuda --write bench/results $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+docs: build
+	$(BIN)/python -m pyrlk.bench.table README.md bench/results
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) pyrlk/_C*.so

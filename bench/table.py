@@ -1,0 +1,75 @@
+"""Results as tables: the terminal's, and the README's between its two markers.
+
+python -m pyrlk.bench.table README.md bench/results
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def markdown(result: dict) -> str:
+    """One device's results as a markdown table under a line of conditions."""
+    facts = result["conditions"]
+    where = ", ".join(
+        f"{key} {facts[key]}"
+        for key in ("isa", "threads", "driver", "torch", "triton", "python", "date")
+        if key in facts
+    )
+    lines = [
+        f"{facts['device']}: {where}; commit `{facts['commit']}`. "
+        "Medians of interleaved, warm rounds.",
+        "",
+        "| op | shape | dtype | ms | against | max error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines += [f"| {' | '.join(cells)} |" for cells in _cells(row)]
+    return "\n".join(lines)
+
+
+def _cells(row: dict) -> list[list[str]]:
+    shape, dtype = "×".join(map(str, row["shape"])), row["dtype"]
+    if "failed" in row:
+        return [[row["op"], shape, dtype, "—", row["failed"], "—"]]
+    ms = {side: f"{t['ms']:.2f}" for side, t in row["times"].items()}
+    if "inplace" in ms:
+        error = f"{row['gradient_error']:.1e}"
+        peers = ""
+        if "compile_over_drop_in" in row:
+            peers = (
+                f"; torch.compile takes {row['compile_over_drop_in']:.1f}×, "
+                f"eager {row['eager_over_drop_in']:.1f}×"
+            )
+        return [
+            [f"{row['op']}, in place", shape, dtype, ms["inplace"],
+             f"{row['inplace_over_copy']:.2f}× a warm copy", error],
+            [f"{row['op']}, drop-in", shape, dtype, ms["drop_in"],
+             f"{row['drop_in_over_fresh']:.2f}× allocate + copy{peers}", error],
+        ]  # fmt: skip
+    ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
+    return [
+        [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",
+         f"{row['logprob_error']:.1e}"],
+    ]  # fmt: skip
+
+
+def write_readme(readme: Path, results: Path) -> None:
+    """Replaces what stands between the markers by the tables of every file in `results`."""
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{readme} has no {BEGIN} … {END}")
+    head, rest = text.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    tables = [markdown(json.loads(f.read_text())) for f in sorted(results.glob("*.json"))]
+    readme.write_text(f"{head}{BEGIN}\n" + "\n\n".join(tables) + f"\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m pyrlk.bench.table README.md bench/results")
+    write_readme(Path(sys.argv[1]), Path(sys.argv[2]))
