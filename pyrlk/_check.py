@@ -249,4 +249,6 @@ def normalizer_value(x: Tensor | None) -> None:
 def bad_token(at: int, tokens: Tensor, vocab: int) -> None:
     """Turns a kernel's answer (first bad index, or −1) into an error."""
     if at >= 0:
-        raise ValueError(f"tokens[{at}] = {tokens.reshape(-1)[at].item()} is outside [0, {vocab})")
+        token = int(tokens.reshape(-1)[at])
+        where = "its support" if 0 <= token < vocab else f"[0, {vocab})"
+        raise ValueError(f"tokens[{at}] = {token} is outside {where}")

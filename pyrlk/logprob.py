@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _C, _check, _op
+from . import support as _support
+from .support import Support
 
 
 def token_logprobs(
@@ -21,6 +23,7 @@ def token_logprobs(
     tokens: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
 ) -> Any:  # Tensor, or (Tensor, Tensor)
@@ -34,6 +37,9 @@ def token_logprobs(
         −100 means: the result is 0, without gradient, and the row is never read.
     temperature : number > 0, or a float tensor of the leading shape
         Gradients carry its 1/τ.
+    support : Support, optional
+        The kept set of each token: log-prob and entropy are over it alone, the gradient outside it
+        is 0. A token outside its kept set is a ValueError on CPU, NaN on CUDA.
     vocab_size : int, optional
         True size under a padded head: columns from there on are not read and get gradient 0.
     return_entropy : bool
@@ -56,7 +62,10 @@ def token_logprobs(
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
     with_entropy = _check.flag("return_entropy", return_entropy)
-    logprob, entropy, _ = _token_logprobs(z, tokens, number, per_token, vocab, with_entropy)
+    ids, offsets = _support.check(support, z, shape)
+    logprob, entropy, _ = _token_logprobs(
+        z, tokens, ids, offsets, number, per_token, vocab, with_entropy
+    )
     return (logprob, entropy) if with_entropy else logprob
 
 
@@ -68,13 +77,14 @@ def _outputs(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor
     return logprob, entropy, logits.new_empty((*shape, 4), dtype=dtype)
 
 
-def _forward_fake(logits, tokens, temperature, temperatures, vocab, with_entropy):
+def _forward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy):
     return _outputs(logits, with_entropy)
 
 
-def _forward_cuda(logits, tokens, temperature, temperatures, vocab, with_entropy):
+def _forward_cuda(logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy):
     from .triton_kernels import logprob as kernels
 
+    _support.check_cuda(ids)
     out = _outputs(logits, with_entropy)
     if out[0].numel():
         kernels.token_logprobs_fwd(
@@ -93,6 +103,8 @@ def _forward_cuda(logits, tokens, temperature, temperatures, vocab, with_entropy
 def _token_logprobs(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     vocab: int,
@@ -100,28 +112,29 @@ def _token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob, entropy or empty, row statistics (m, S, E, z_a))."""
     logprob, entropy, stats = _outputs(logits, with_entropy)
-    ids = _op.flat(tokens, torch.int64)
-    assert ids is not None
+    actions = _op.flat(tokens, torch.int64)
     _check.temperature_values(temperatures, tokens != -100)
+    _support.check_values(ids, offsets, vocab)
     tau = _op.flat(temperatures, logprob.dtype)
     bad = _C.token_logprobs(
         _op.rows(logits, vocab),
-        ids.data_ptr(),
+        actions.data_ptr(),
+        (_op.address(ids), _op.address(offsets)),
         (temperature, _op.address(tau)),
         logprob.data_ptr(),
         entropy.data_ptr() if with_entropy else 0,
         stats.data_ptr(),
         _op.threads(),
     )
-    _check.bad_token(bad, ids, vocab)
+    _check.bad_token(bad, actions, vocab)
     return logprob, entropy, stats
 
 
-def _backward_fake(logits, tokens, temperature, temperatures, vocab, stats, g, h):
+def _backward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _backward_cuda(logits, tokens, temperature, temperatures, vocab, stats, g, h):
+def _backward_cuda(logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h):
     from .triton_kernels import logprob as kernels
 
     grad = _op.empty_gradient(logits)
@@ -143,6 +156,8 @@ def _backward_cuda(logits, tokens, temperature, temperatures, vocab, stats, g, h
 def _token_logprobs_backward(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     vocab: int,
@@ -152,11 +167,12 @@ def _token_logprobs_backward(
 ) -> Tensor:
     """∂ℓ/∂logits from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H."""
     grad = _op.empty_gradient(logits)
-    ids = _op.flat(tokens, torch.int64)
+    actions = _op.flat(tokens, torch.int64)
     g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
     _C.token_logprobs_backward(
         _op.rows(logits, vocab),
-        _op.address(ids),
+        actions.data_ptr(),
+        (_op.address(ids), _op.address(offsets)),
         (temperature, _op.address(tau)),
         stats.data_ptr(),
         _op.address(g),
@@ -168,21 +184,21 @@ def _token_logprobs_backward(
 
 
 def _setup(ctx, inputs, output):
-    logits, tokens, temperature, temperatures, vocab, with_entropy = inputs
-    ctx.save_for_backward(logits, tokens, temperatures, output[2])
+    logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy = inputs
+    ctx.save_for_backward(logits, tokens, ids, offsets, temperatures, output[2])
     ctx.temperature, ctx.vocab, ctx.with_entropy = temperature, vocab, with_entropy
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, h, _stats):
-    logits, tokens, temperatures, stats = ctx.saved_tensors
+    logits, tokens, ids, offsets, temperatures, stats = ctx.saved_tensors
     if g is None and h is None:
-        return (None,) * 6
+        return (None,) * 8
     h = h if ctx.with_entropy else None
     grad = _token_logprobs_backward(
-        logits, tokens, ctx.temperature, temperatures, ctx.vocab, stats, g, h
+        logits, tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab, stats, g, h
     )
-    return grad, None, None, None, None, None
+    return (grad, *(None,) * 7)
 
 
 def _no_double_backward(ctx, *_grads):

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from . import _C, _check, _op
 from . import objective as _objective
+from . import support as _support
 from .logprob import token_logprobs
 from .objective import AGGREGATIONS, DAPO, KL_KINDS, REINFORCE, TIS, Objective, Sequences, Terms
+from .support import Support
 
 
 class PolicyStats(NamedTuple):
@@ -94,6 +96,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     rollout_logprobs: Tensor | None = None,
     correction: TIS | None = None,
+    support: Support | None = None,
     vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -125,6 +128,8 @@ def policy_loss(
     rollout_logprobs, correction
         The engine's own log-probs, and TIS(...): w = exp(old − rollout), truncated, detached,
         multiplies the policy term.
+    support : Support, optional
+        The kept set of each token: the policy is over it alone, the gradient outside it is 0.
     vocab_size : int, optional
         Columns from there on are padding: not read, gradient 0.
     cu_seqlens : [sequences + 1] int32 or int64, optional
@@ -169,6 +174,7 @@ def policy_loss(
     )
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
+    kept = _support.check(support, z, shape)
     _check.flag("return_stats", return_stats)
     if _check.flag("inplace", inplace):
         _check_inplace(z)
@@ -177,7 +183,12 @@ def policy_loss(
     if not one_launch or (correction is not None and old_logprobs is None):
         keep = tokens if mask is None else torch.where(mask != 0, tokens, -100)
         logprobs, entropy = token_logprobs(
-            z, keep, temperature=temperature, vocab_size=vocab, return_entropy=True
+            z,
+            keep,
+            temperature=temperature,
+            support=support,
+            vocab_size=vocab,
+            return_entropy=True,
         )
         return policy_loss_from_logprobs(
             logprobs,
@@ -203,7 +214,7 @@ def policy_loss(
         objective, correction, KL_KINDS.index(kl), kl_coef, kl_importance, entropy_coef
     )
     integers += [int(return_stats)]
-    arguments = (tokens, *options, per_token, number, vocab, integers, numbers)
+    arguments = (tokens, *kept, *options, per_token, number, vocab, integers, numbers)
     plain = z.detach()
     if inplace and wants_grad:
         loss, stats = _policy_loss_(plain, *arguments)
@@ -324,6 +335,8 @@ class _Plan(NamedTuple):
 
     terms: Terms
     tokens: Tensor
+    ids: Tensor | None
+    offsets: Tensor | None
     old: Tensor | None
     advantages: Tensor
     weight: Tensor
@@ -334,8 +347,9 @@ class _Plan(NamedTuple):
 
 
 def _prepare(
-    logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures, ints, numbers
-) -> _Plan:
+    logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
+    vocab, ints, numbers,
+) -> _Plan:  # fmt: skip
     clipped, aggregation, kl, kl_importance, level, masked_mode, _ = ints
     eps_low, eps_high, dual_clip, delta, kl_coef, entropy_coef, max_length, max_ratio = numbers
     t = Terms(
@@ -358,6 +372,7 @@ def _prepare(
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(normalizer)
         _check.temperature_values(temperatures, counted)
+        _support.check_values(ids, offsets, vocab)
     m = counted.to(dtype) if mask is None else torch.where(counted, mask.to(dtype), 0)
     seqs = _objective.sequences(shape, cu)
     rule = _objective.Weighting(AGGREGATIONS[aggregation], max_length)
@@ -372,6 +387,8 @@ def _prepare(
     return _Plan(
         t,
         _op.flat(tokens, torch.int64),
+        ids,
+        offsets,
         _op.flat(old, dtype),
         _op.flat(spread, dtype),
         _op.flat(weight, dtype),
@@ -445,6 +462,7 @@ def _run_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, 
     bad = _C.policy_loss(
         _op.rows(logits, vocab),
         plan.tokens.data_ptr(),
+        (_op.address(plan.ids), _op.address(plan.offsets)),
         _op.address(plan.old),
         plan.advantages.data_ptr(),
         plan.weight.data_ptr(),
@@ -474,6 +492,7 @@ def _run_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, 
 def _run_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, grad):
     from .triton_kernels import policy_loss as kernels
 
+    _support.check_cuda(plan.ids)
     loss, logprob, entropy = _buffers(logits, plan, want)
     if plan.tokens.numel():
         kernels.policy_loss_fwd(
@@ -501,12 +520,12 @@ def _results_fake(logits: Tensor, ints) -> tuple[Tensor, Tensor]:
 
 def _fused(run: Callable):
     def policy_loss_op(
-        logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-        temperature, vocab, ints, numbers, want_grad,
+        logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+        temperatures, temperature, vocab, ints, numbers, want_grad,
     ):  # fmt: skip
         plan = _prepare(
-            logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-            ints, numbers,
+            logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+            temperatures, vocab, ints, numbers,
         )  # fmt: skip
         grad = _op.empty_gradient(logits) if want_grad else None
         loss, stats = run(logits, plan, temperature, vocab, bool(ints[-1]), grad)
@@ -526,6 +545,8 @@ def _fused_fake(logits, *rest):
 def _policy_loss(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
@@ -542,19 +563,20 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient by the logits or an empty tensor, statistics or an empty tensor)."""
     return _fused(_run_cpu)(
-        logits, tokens, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens,
-        normalizer, temperatures, temperature, vocab, integers, numbers, want_grad,
+        logits, tokens, ids, offsets, old_logprobs, advantages, mask, ref_logprobs,
+        rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, integers,
+        numbers, want_grad,
     )  # fmt: skip
 
 
 def _fused_inplace(run: Callable):
     def policy_loss_op_(
-        logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-        temperature, vocab, ints, numbers,
+        logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+        temperatures, temperature, vocab, ints, numbers,
     ):  # fmt: skip
         plan = _prepare(
-            logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-            ints, numbers,
+            logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+            temperatures, vocab, ints, numbers,
         )  # fmt: skip
         return run(logits, plan, temperature, vocab, bool(ints[-1]), logits)
 
@@ -571,6 +593,8 @@ def _fused_inplace_fake(logits, *rest):
 def _policy_loss_(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
@@ -586,8 +610,9 @@ def _policy_loss_(
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics); the gradient takes the place of the logits."""
     return _fused_inplace(_run_cpu)(
-        logits, tokens, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens,
-        normalizer, temperatures, temperature, vocab, integers, numbers,
+        logits, tokens, ids, offsets, old_logprobs, advantages, mask, ref_logprobs,
+        rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, integers,
+        numbers,
     )  # fmt: skip
 
 
