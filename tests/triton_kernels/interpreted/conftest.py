@@ -1,10 +1,9 @@
-"""Callables around the launchers: outputs start as NaN, so that nothing passes by being left unwritten."""
+"""Callables around the launchers; outputs start as NaN, so that nothing passes unwritten."""
 
 import types
 
 import pytest
 import torch
-
 from triton.runtime import interpreter
 
 from pyrlk.triton_kernels import logprob, policy_loss, row, sample
@@ -12,7 +11,7 @@ from pyrlk.triton_kernels import logprob, policy_loss, row, sample
 
 @pytest.fixture(scope="session", autouse=True)
 def patch_the_language_once():
-    """Save four fifths of the interpreter's time: it patches all of triton.language at every device call.
+    """Halve the interpreter's time: it patches all of triton.language at every device call.
 
     A launch has patched what our own functions see; triton's library needs it once a function.
     """
