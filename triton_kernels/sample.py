@@ -129,7 +129,7 @@ def prefix(
     cut = low.to(tl.int32)
     last = vocab_size
     # An exact threshold keeps all it passes, whether or not a logit lies on it. Otherwise some ties
-    # of the cut stay, and `above` measures the keys beyond it: the last refused threshold was cut + 1.
+    # of the cut stay; `above` measures the keys beyond it: the last refused threshold was cut + 1.
     if exact == 0:
         for start in range(0, vocab_size, BLOCK):
             at = start + tl.arange(0, BLOCK)
