@@ -251,8 +251,8 @@ class Sequences:
         """[count] sums over each sequence, in a fixed order."""
         if self.cu_seqlens is None:
             return x.reshape(self.count, self.shape[-1]).sum(-1)
-        # Not differences of one running sum: an infinite sequence would reach all after it. Bounds out
-        # of order are refused on CPU and clamped where nothing may synchronise.
+        # Not differences of one running sum: an infinite sequence would reach all after it.
+        # Bounds out of order are refused on CPU and clamped where nothing may synchronise.
         bounds = self.cu_seqlens.clamp(0, self.shape.numel()).cummax(0).values
         wide = x.reshape(-1).double()
         return torch.segment_reduce(wide, "sum", offsets=bounds, initial=0, unsafe=True).to(x.dtype)
