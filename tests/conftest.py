@@ -64,7 +64,7 @@ def allocated():
 
 @dataclasses.dataclass
 class Judged:
-    """A loss in float64: value, gradient [..., V], slopes g and h [...], and its scale Σ w·|terms|."""
+    """A loss in float64: value, gradient [..., V], slopes g, h [...], scale Σ w·|terms|."""
 
     loss: Tensor
     grad: Tensor
