@@ -205,7 +205,7 @@ def sample(
 
 
 def _clean_logits(logits: Tensor) -> Tensor:
-    """NaN counts as −inf; +inf logits share the top equally, and nothing else has mass beside them."""
+    """NaN counts as −inf; +inf logits share the top equally, nothing else has mass beside them."""
     z = logits.detach().cpu().double()
     z = torch.where(z.isnan(), -math.inf, z)
     top = z == math.inf

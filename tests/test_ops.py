@@ -237,7 +237,7 @@ def test_the_gradient_is_the_only_tensor_of_size_t_v(dtype, inplace, grad, allow
             loss, _ = pyrlk.dapo_loss(logits, tokens, adv, adv, inplace=inplace, **options)
             if grad:
                 (slope,) = torch.autograd.grad(loss, logits)
-                assert slope.isfinite().all()
+    assert not grad or slope.isfinite().all()
     assert len(big.seen) == allowed, big.seen
     assert sum(math.prod(shape) >= count * vocab for shape, _ in allocated) == allowed
     if inplace:
