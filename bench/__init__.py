@@ -26,14 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU; `pyrlk doctor` says why")
-    rows = []
+    rows: list[dict] = []
     for op in args.op or OPS:
         print(f"{op} …", flush=True)
         rows += importlib.import_module(f".{op}", __name__).main(args.device, args.quick)
-    result = {"conditions": measure.conditions(args.device), "rows": rows}
+    facts = measure.conditions(args.device)
+    result = {"conditions": facts, "rows": rows}
     print(table.markdown(result))
     if args.write:
-        name = "cpu" if args.device == "cpu" else result["conditions"]["device"]
+        name = "cpu" if args.device == "cpu" else str(facts["device"])
         file = Path(args.write) / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")

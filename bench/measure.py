@@ -105,7 +105,7 @@ def conditions(device: str) -> dict:
     """Device, versions and commit: what a figure is worth nothing without."""
     from pyrlk import _C
 
-    facts = {
+    facts: dict[str, object] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),

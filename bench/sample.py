@@ -13,17 +13,21 @@ from pyrlk import reference
 
 from .measure import interleaved
 
-OPTIONS = {"top_k": 50, "top_p": 0.95}
+TOP_K, TOP_P = 50, 0.95
 
 
 def _sorting_sampler(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ranked, ids = logits.sort(dim=-1, descending=True)
-    ranked[:, OPTIONS["top_k"] :] = -torch.inf
+    ranked[:, TOP_K:] = -torch.inf
     probs = ranked.softmax(-1)
-    ranked = ranked.masked_fill(probs.cumsum(-1) - probs > OPTIONS["top_p"], -torch.inf)
+    ranked = ranked.masked_fill(probs.cumsum(-1) - probs > TOP_P, -torch.inf)
     logp = ranked.log_softmax(-1)
     pick = torch.multinomial(logp.exp(), 1)
     return ids.gather(1, pick)[:, 0], logp.gather(1, pick)[:, 0]
+
+
+def _draw(logits: torch.Tensor) -> pyrlk.Sample:
+    return pyrlk.sample(logits, seed=0, top_k=TOP_K, top_p=TOP_P, return_support=True)
 
 
 def run(rows: int, vocab: int, device: str, *, rounds: int) -> dict:
@@ -31,9 +35,10 @@ def run(rows: int, vocab: int, device: str, *, rounds: int) -> dict:
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(rows, vocab, generator=g) * 3).to(device)
     warm = torch.empty_like(logits)
-    draw = pyrlk.sample(logits, seed=0, return_support=True, **OPTIONS)
+    draw = _draw(logits)
+    assert draw.support is not None
     some = slice(0, min(rows, 8))
-    truth = reference.sample(logits[some], seed=0, **OPTIONS)
+    truth = reference.sample(logits[some], seed=0, top_k=TOP_K, top_p=TOP_P)
     kept_equal = bool((draw.support.to_mask(vocab)[some].cpu() == truth.mask).all())
     error = (draw.logprob[some].cpu() - truth.logprob).abs().max().item()
     row = {
@@ -48,7 +53,7 @@ def run(rows: int, vocab: int, device: str, *, rounds: int) -> dict:
     times = interleaved(
         {
             "copy": lambda: warm.copy_(logits),
-            "sample": lambda: pyrlk.sample(logits, seed=0, return_support=True, **OPTIONS),
+            "sample": lambda: _draw(logits),
             "sort": lambda: _sorting_sampler(logits),
         },
         rounds=rounds,

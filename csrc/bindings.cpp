@@ -52,8 +52,8 @@ void bind_kernels(py::module_& module) {
   static const auto int64s = [](Address address) { return reinterpret_cast<int64_t*>(address); };
   static const auto to_rows = [](const PyRows& r) {
     const auto& [data, dtype, count, vocab, width, inner, outer_stride, inner_stride] = r;
-    return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,        vocab,
-                       width,         inner,               outer_stride, inner_stride};
+    return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,       vocab, width,
+                       inner,         outer_stride,        inner_stride};
   };
   static const auto to_temperature = [](const PyTemperature& t) {
     return pyrlk::Temperature{std::get<0>(t), pointer(std::get<1>(t))};
@@ -64,8 +64,9 @@ void bind_kernels(py::module_& module) {
   };
 
   module.def("cpu_isa", [] { return std::string(pyrlk::row_kernels().name); });
-  module.def("set_isa", [](const std::string& name) { return pyrlk::set_isa(name.c_str()); },
-             py::arg("name"));
+  module.def(
+      "set_isa", [](const std::string& name) { return pyrlk::set_isa(name.c_str()); },
+      py::arg("name"));
   module.def("advise_huge_pages", &pyrlk::advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
       "token_logprobs",
@@ -95,12 +96,18 @@ void bind_kernels(py::module_& module) {
          const PyTerms& terms, Address loss, Address logprob, Address entropy,
          const std::optional<PyRows>& grad, int threads) {
         const pyrlk::Rows out = grad ? to_rows(*grad) : pyrlk::Rows{};
-        const pyrlk::PolicyLossArgs args{to_rows(logits),       int64s(tokens),
-                                         pointer(old_logprobs), pointer(advantages),
-                                         pointer(weight),       pointer(ref_logprobs),
-                                         to_temperature(temperature), to_terms(terms),
-                                         pointer(loss),         pointer(logprob),
-                                         pointer(entropy),      grad ? &out : nullptr};
+        const pyrlk::PolicyLossArgs args{to_rows(logits),
+                                         int64s(tokens),
+                                         pointer(old_logprobs),
+                                         pointer(advantages),
+                                         pointer(weight),
+                                         pointer(ref_logprobs),
+                                         to_temperature(temperature),
+                                         to_terms(terms),
+                                         pointer(loss),
+                                         pointer(logprob),
+                                         pointer(entropy),
+                                         grad ? &out : nullptr};
         const py::gil_scoped_release nogil;
         return pyrlk::policy_loss(args, threads);
       },
@@ -167,25 +174,31 @@ void bind_kernels(py::module_& module) {
 // memory/: packing, shared memory, CUDA handles.
 void bind_memory(py::module_& module) {
   using Address = std::uint64_t;
-  // (address, offset, itemsize, sizes, strides), a tensor and its place in the buffer.
-  using PyPiece = std::tuple<Address, std::uint64_t, std::int32_t, std::vector<std::int64_t>,
-                             std::vector<std::int64_t>>;
   using Sums = std::vector<std::uint64_t>;
   static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
-  static const auto to_pieces = [](const std::vector<PyPiece>& items) {
-    std::vector<pyrlk::Piece> pieces(items.size());
-    for (std::size_t i = 0; i < items.size(); ++i) {
-      const auto& [address, offset, itemsize, sizes, strides] = items[i];
-      if (sizes.size() != strides.size() || sizes.size() > pyrlk::kMaxDims) {
-        throw py::value_error("sizes and strides must have the same length, at most 16");
+  // An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides. Thousands of
+  // tensors as Python tuples would set off the garbage collector in every update.
+  static const auto to_pieces = [](const py::buffer& buffer) {
+    const py::buffer_info info = buffer.request();
+    if (info.itemsize != 8 || info.ndim != 1) throw py::value_error("wanted an array('Q')");
+    const auto* at = static_cast<const std::int64_t*>(info.ptr);
+    const auto* end = at + info.size;
+    std::vector<pyrlk::Piece> pieces;
+    while (at != end) {
+      if (end - at < 4 || at[3] < 0 || at[3] > pyrlk::kMaxDims || end - at < 4 + 2 * at[3]) {
+        throw py::value_error(
+            "a piece has address, offset, itemsize, ndim (at most 16), sizes, "
+            "strides");
       }
-      pyrlk::Piece& piece = pieces[i];
-      piece.data = pointer(address);
-      piece.offset = offset;
-      piece.itemsize = itemsize;
-      piece.ndim = static_cast<std::int32_t>(sizes.size());
-      std::copy(sizes.begin(), sizes.end(), piece.sizes);
-      std::copy(strides.begin(), strides.end(), piece.strides);
+      pyrlk::Piece piece{};
+      piece.data = pointer(static_cast<Address>(at[0]));
+      piece.offset = static_cast<std::uint64_t>(at[1]);
+      piece.itemsize = static_cast<std::int32_t>(at[2]);
+      piece.ndim = static_cast<std::int32_t>(at[3]);
+      std::copy_n(at + 4, piece.ndim, piece.sizes);
+      std::copy_n(at + 4 + piece.ndim, piece.ndim, piece.strides);
+      pieces.push_back(piece);
+      at += 4 + 2 * piece.ndim;
     }
     return pieces;
   };
@@ -193,8 +206,7 @@ void bind_memory(py::module_& module) {
   module.def("usable_threads", &pyrlk::usable_threads, py::arg("requested"));
   module.def(
       "pack",
-      [](Address buffer, std::uint64_t bytes, const std::vector<PyPiece>& items, bool checksum,
-         int threads) {
+      [](Address buffer, std::uint64_t bytes, const py::buffer& items, bool checksum, int threads) {
         const auto pieces = to_pieces(items);
         Sums sums(checksum ? pieces.size() : 0);
         const py::gil_scoped_release nogil;
@@ -206,8 +218,7 @@ void bind_memory(py::module_& module) {
       py::arg("threads"));
   module.def(
       "unpack",
-      [](Address buffer, std::uint64_t bytes, const std::vector<PyPiece>& items, bool checksum,
-         int threads) {
+      [](Address buffer, std::uint64_t bytes, const py::buffer& items, bool checksum, int threads) {
         const auto pieces = to_pieces(items);
         Sums sums(checksum ? pieces.size() : 0);
         const py::gil_scoped_release nogil;
@@ -219,11 +230,14 @@ void bind_memory(py::module_& module) {
       py::arg("threads"));
   module.def(
       "checksum",
-      [](Address buffer, std::uint64_t bytes,
-         const std::vector<std::pair<std::uint64_t, std::uint64_t>>& items, int threads) {
+      [](Address buffer, std::uint64_t bytes, const std::vector<std::uint64_t>& items,
+         int threads) {
+        if (items.size() % 2 != 0) throw py::value_error("ranges are pairs of offset and bytes");
         std::vector<pyrlk::Range> ranges;
-        ranges.reserve(items.size());
-        for (const auto& [offset, size] : items) ranges.push_back({offset, size});
+        ranges.reserve(items.size() / 2);
+        for (std::size_t i = 0; i < items.size(); i += 2) {
+          ranges.push_back({items[i], items[i + 1]});
+        }
         Sums sums(ranges.size());
         const py::gil_scoped_release nogil;
         pyrlk::checksum(pointer(buffer), bytes, ranges.data(), ranges.size(), threads, sums.data());

@@ -28,6 +28,16 @@ _HOME = {
     "BNPO": "objective",
     "DrGRPO": "objective",
     "DAPO": "objective",
+    "GSPO": "objective",
+    "CISPO": "objective",
+    "SAPO": "objective",
+    "GMPO": "objective",
+    "LUSPO": "objective",
+    "VESPO": "objective",
+    "DPPO": "objective",
+    "DRO": "objective",
+    "ClipCov": "objective",
+    "KLCov": "objective",
     "TIS": "objective",
     "group_advantages": "batch",
     "informative_groups": "batch",
@@ -54,12 +64,22 @@ if TYPE_CHECKING:
     from .loss import reinforce_grad as reinforce_grad
     from .loss import reinforce_loss as reinforce_loss
     from .objective import BNPO as BNPO
+    from .objective import CISPO as CISPO
     from .objective import DAPO as DAPO
+    from .objective import DPPO as DPPO
+    from .objective import DRO as DRO
+    from .objective import GMPO as GMPO
     from .objective import GRPO as GRPO
+    from .objective import GSPO as GSPO
+    from .objective import LUSPO as LUSPO
     from .objective import PPO as PPO
     from .objective import REINFORCE as REINFORCE
+    from .objective import SAPO as SAPO
     from .objective import TIS as TIS
+    from .objective import VESPO as VESPO
+    from .objective import ClipCov as ClipCov
     from .objective import DrGRPO as DrGRPO
+    from .objective import KLCov as KLCov
     from .sampling import Sample as Sample
     from .sampling import Support as Support
     from .sampling import sample as sample

@@ -8,6 +8,8 @@ Forward reads the logits once and keeps 4 floats a token; backward reads once an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor)
     """Log-probability of `tokens` under softmax(logits / temperature), and its entropy on request.
 
     Parameters

@@ -11,7 +11,7 @@ token_logprobs and autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def dapo_loss(
     *,
     eps_low: float = 0.2,
     eps_high: float = 0.28,
-    **common,
-) -> Tensor | tuple[Tensor, PolicyStats]:
+    **common: Any,
+) -> Any:
     """DAPO's clip-higher policy loss with one denominator over all tokens (arXiv 2503.14476).
 
         loss = −Σ m·min(r·A, clip(r, 1−eps_low, 1+eps_high)·A) / Σ m,   r = exp(logπ(token) − old)
@@ -68,8 +68,8 @@ def dapo_loss(
 
 
 def reinforce_loss(
-    logits: Tensor, tokens: Tensor, advantages: Tensor, mask: Tensor | None = None, **common
-) -> Tensor | tuple[Tensor, PolicyStats]:
+    logits: Tensor, tokens: Tensor, advantages: Tensor, mask: Tensor | None = None, **common: Any
+) -> Any:
     """REINFORCE: loss = −Σ m·A·logπ(token) / Σ m, whose gradient is m·A·(π − e_a)/τ / Σ m.
 
     `policy_loss` with ``objective=REINFORCE()``: see there for shapes, the common options and
@@ -99,7 +99,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, PolicyStats]:
+) -> Any:  # Tensor, or (Tensor, PolicyStats)
     """A policy-gradient loss on logits, with the gradient computed in the same pass over them.
 
     Parameters
@@ -173,7 +173,8 @@ def policy_loss(
     if _check.flag("inplace", inplace):
         _check_inplace(z)
 
-    if not isinstance(objective, Objective) or (correction is not None and old_logprobs is None):
+    one_launch = isinstance(objective, Objective) and objective.fused
+    if not one_launch or (correction is not None and old_logprobs is None):
         keep = tokens if mask is None else torch.where(mask != 0, tokens, -100)
         logprobs, entropy = token_logprobs(
             z, keep, temperature=temperature, vocab_size=vocab, return_entropy=True
@@ -643,7 +644,7 @@ def policy_loss_from_logprobs(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, PolicyStats]:
+) -> Any:  # Tensor, or (Tensor, PolicyStats)
     """The loss of `policy_loss` from log-probs [...] (float32, float64): plain torch and autograd.
 
     Arguments mean what they mean in `policy_loss`; `entropy` [...] is needed where entropy_coef is
@@ -706,25 +707,37 @@ def policy_loss_from_logprobs(
     t = _objective.terms(
         rule, kl=kl, kl_coef=kl_coef, kl_importance=kl_importance, entropy_coef=entropy_coef
     )
-    if isinstance(objective, Objective):
+    if isinstance(objective, Objective) and objective.fused:
         per_token = _objective.token_loss(logprobs, old, policy_advantages, ref, entropy, t)
         loss = (weight * per_token).sum()
     else:
         behaviour = logprobs.detach() if old is None else old
-        own = objective(logprobs, behaviour, policy_advantages, m)
-        if not isinstance(own, Tensor) or own.shape not in (shape, torch.Size(())):
-            raise ValueError(
-                f"objective must return per-token losses {list(shape)} or a 0-d loss, got "
-                f"{list(own.shape) if isinstance(own, Tensor) else type(own).__name__}"
-            )
-        rest = _objective.token_loss(logprobs, old, torch.zeros_like(advantages), ref, entropy, t)
-        policy = own if own.dim() == 0 and shape else (weight * torch.where(counted, own, 0)).sum()
-        loss = policy + (weight * rest).sum()
+        if isinstance(objective, Objective):
+            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor)
+            own = objective.policy_term(batch)
+        else:
+            own = _called(objective, logprobs, behaviour, policy_advantages, m)
+        no_policy_term = torch.zeros_like(advantages)
+        rest = _objective.token_loss(logprobs, old, no_policy_term, ref, entropy, t)
+        if own.shape == shape:
+            loss = (weight * (torch.where(counted, own, 0) + rest)).sum()
+        else:
+            loss = own + (weight * rest).sum()
     if not return_stats:
         return loss
     with torch.no_grad():
         stats = _statistics(logprobs, old, policy_advantages, m, ref, entropy, factor, t)
     return loss, PolicyStats(*stats.unbind())
+
+
+def _called(objective: Callable, *arguments: Tensor) -> Tensor:
+    loss, shape = objective(*arguments), arguments[0].shape
+    if not isinstance(loss, Tensor) or loss.shape not in (shape, torch.Size(())):
+        raise ValueError(
+            f"objective must return per-token losses {list(shape)} or a 0-d loss, got "
+            f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
+        )
+    return loss
 
 
 def _spread(seqs: Sequences | None, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,18 @@ _LIMITS = {
     "dual_clip": (1.0, math.inf, True),
     "delta": (0.0, math.inf, True),
     "max_length": (0.0, math.inf, True),
+    "temperature_pos": (0.0, math.inf, True),
+    "temperature_neg": (0.0, math.inf, True),
+    "k_pos": (0.0, math.inf, False),
+    "k_neg": (0.0, math.inf, False),
+    "lambda_pos": (0.0, math.inf, True),
+    "lambda_neg": (0.0, math.inf, True),
+    "max_ratio": (0.0, math.inf, True),
+    "beta": (0.0, math.inf, True),
+    "share": (0.0, 1.0, True),
+    "cov_low": (-math.inf, math.inf, False),
+    "cov_high": (-math.inf, math.inf, False),
+    "kl_coef": (0.0, math.inf, False),
 }
 
 
@@ -57,6 +69,15 @@ class Objective:
 
     aggregation: Aggregation = dataclasses.field(default="token", kw_only=True)
 
+    # One launch computes ℓ and its gradient from the row alone. Otherwise `policy_term` does, on
+    # log-probs, between the statistics kernel and the gradient kernel.
+    fused: ClassVar[bool] = False
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        """ℓ of each token, differentiable in ``batch.logprobs``; the correction is applied in
+        it."""
+        raise NotImplementedError(f"{type(self).__name__} defines no policy_term")
+
     def __post_init__(self):
         name = type(self).__name__
         if self.aggregation not in AGGREGATIONS:
@@ -68,7 +89,7 @@ class Objective:
             raise ValueError(f"{name}.aggregation 'constant' needs max_length: use DrGRPO")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "aggregation" or (value is None and field.default is None):
+            if field.name not in _LIMITS or (value is None and field.default is None):
                 continue
             low, high, open_low = _LIMITS[field.name]
             _check_number(name, field.name, value, low, high, open_low=open_low)
@@ -78,11 +99,15 @@ class Objective:
 class REINFORCE(Objective):
     """ℓ = −A·logp (Williams 1992). Aggregation "token"."""
 
+    fused: ClassVar[bool] = True
+
 
 @dataclasses.dataclass(frozen=True)
 class PPO(Objective):
     """Clipped surrogate (arXiv 1707.06347); `dual_clip` c > 1 bounds it for A < 0 by −c·A
     (1912.09729)."""
+
+    fused: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -92,6 +117,8 @@ class PPO(Objective):
 @dataclasses.dataclass(frozen=True)
 class GRPO(Objective):
     """Clipped surrogate, mean of sequence means (arXiv 2402.03300); `delta` caps the ratio."""
+
+    fused: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -103,6 +130,8 @@ class GRPO(Objective):
 class BNPO(Objective):
     """Clipped surrogate, mean over the tokens of the batch; `delta` caps the ratio."""
 
+    fused: ClassVar[bool] = True
+
     eps_low: float = 0.2
     eps_high: float = 0.2
     delta: float | None = None
@@ -111,6 +140,8 @@ class BNPO(Objective):
 @dataclasses.dataclass(frozen=True)
 class DrGRPO(Objective):
     """Clipped surrogate, Σ / (sequences · max_length) (arXiv 2503.20783)."""
+
+    fused: ClassVar[bool] = True
 
     max_length: float
     eps_low: float = 0.2
@@ -123,9 +154,311 @@ class DrGRPO(Objective):
 class DAPO(Objective):
     """Clip-higher surrogate, one denominator over all tokens (arXiv 2503.14476, eq. 8)."""
 
+    fused: ClassVar[bool] = True
+
     eps_low: float = 0.2
     eps_high: float = 0.28
     delta: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What an objective sees: per-token tensors of one shape, 0 where the mask is 0.
+
+    `old` is detached; `correction` is the truncated importance weight, or None for 1.
+    """
+
+    logprobs: Tensor
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+    sequences: Sequences | None
+    correction: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return self.logprobs - self.old
+
+    def corrected(self, loss: Tensor) -> Tensor:
+        return loss if self.correction is None else loss * self.correction
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over all tokens, weighted by the mask."""
+        return _over((self.mask * x).sum(), self.mask.sum())
+
+    def sequence_mean(self, x: Tensor) -> Tensor:
+        """Mean over each sequence, weighted by the mask, at each of its tokens."""
+        return _sequences_of(self).spread(
+            _over(self.sequence_sum(x), _sequences_of(self).sum(self.mask))
+        )
+
+    def sequence_sum(self, x: Tensor) -> Tensor:
+        """[sequences] sums over each sequence, weighted by the mask."""
+        return _sequences_of(self).sum(self.mask * x)
+
+
+def _sequences_of(batch: Batch) -> Sequences:
+    if batch.sequences is None:
+        raise
+        ValueError("cu_seqlens is needed: the objective is over sequences, the tokens are flat")
+    return batch.sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class CISPO(Objective):
+    """ℓ = −sg[clip(r, 1−eps_low, 1+eps_high)]·A·logp (arXiv 2506.13585).
+
+    TRL's raw upper bound x is eps_high = x − 1.
+    """
+
+    eps_low: float = 1.0
+    eps_high: float = 0.28
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        ratio = _ratio(batch.log_ratio.detach(), batch.advantages)
+        weight = ratio.clamp(1 - self.eps_low, 1 + self.eps_high)
+        return batch.corrected(-weight * batch.advantages * batch.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SAPO(Objective):
+    """ℓ = −(4/t)·sigmoid(t·(r−1))·A, t = temperature_pos for A > 0, else temperature_neg
+    (2511.20347)."""
+
+    temperature_pos: float = 1.0
+    temperature_neg: float = 1.05
+    aggregation: Aggregation = dataclasses.field(default="sequence", kw_only=True)
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        ratio = _ratio(batch.log_ratio, batch.advantages)
+        t = torch.where(batch.advantages > 0, self.temperature_pos, self.temperature_neg)
+        gate = torch.sigmoid(t * (ratio - 1)) * 4 / t
+        return batch.corrected(-gate * batch.advantages)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPPO(Objective):
+    """ℓ = −sg[min(r, max_ratio)·valid]·A·logp (arXiv 2602.04879, as in verl).
+
+    A token is valid while its binary divergence D(old‖π) stays within eps on the side that A pushes
+    to. kind "tv": π(a) − old(a) ≤ eps_high for A > 0, ≥ −eps_low otherwise. kind "kl": the KL of
+    the two outcomes "a" and "not a" ≤ eps, or π(a) on the other side of old(a).
+    """
+
+    kind: Literal["tv", "kl"] = "tv"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    max_ratio: float = 20.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kind not in ("tv", "kl"):
+            raise ValueError(f"DPPO.kind must be 'tv' or 'kl', got {self.kind!r}")
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        logprobs, old = batch.logprobs.detach(), batch.old
+        p, q = torch.exp(logprobs), torch.exp(old)
+        if self.kind == "tv":
+            up, down = p - q <= self.eps_high, p - q >= -self.eps_low
+        else:
+            rest = torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+            divergence = q * (old - logprobs) + (1 - q) * rest
+            up = (divergence <= self.eps_high) | (p <= q)
+            down = (divergence <= self.eps_low) | (p >= q)
+        valid = torch.where(batch.advantages > 0, up, down)
+        ratio = _ratio(logprobs - old, batch.advantages).clamp(max=self.max_ratio)
+        weight = torch.where(valid, ratio, 0.0)
+        return batch.corrected(-weight * batch.advantages * batch.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DRO(Objective):
+    """ℓ = −(A·logp − (beta/2)·(logp − old)²) (arXiv 2405.19107, as in verl)."""
+
+    beta: float
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        penalty = 0.5 * self.beta * batch.log_ratio.square()
+        return batch.corrected(penalty - batch.advantages * batch.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class GSPO(Objective):
+    """Clipped surrogate of the sequence ratio s = exp(mean_t(logp − old)) (arXiv 2507.18071).
+
+    Differentiated through every token of s. `token_level` is the stop-gradient form s·r/sg[r]: the
+    same value, and the gradient of each token's own term only.
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+    token_level: bool = False
+    aggregation: Aggregation = dataclasses.field(default="sequence", kw_only=True)
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        log_s = batch.sequence_mean(batch.log_ratio)
+        if self.token_level:
+            log_s = log_s.detach() + (batch.logprobs - batch.logprobs.detach())
+        ratio = _ratio(log_s, batch.advantages)
+        return batch.corrected(-surrogate(ratio, batch.advantages, self.eps_low, self.eps_high))
+
+
+@dataclasses.dataclass(frozen=True)
+class LUSPO(Objective):
+    """GSPO's sequence surrogate, summed over the tokens of a sequence (as in TRL)."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    delta: float | None = None
+    aggregation: Aggregation = dataclasses.field(default="sequence-sum", kw_only=True)
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        ratio = _ratio(batch.sequence_mean(batch.log_ratio), batch.advantages)
+        delta = math.inf if self.delta is None else self.delta
+        return batch.corrected(
+            -surrogate(ratio, batch.advantages, self.eps_low, self.eps_high, delta)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GMPO(Objective):
+    """ℓ = −Ā·exp(mean_t x_t), the geometric mean of clipped ratios (arXiv 2507.20673, as in verl).
+
+    x_t = log r_t, clipped to [−eps_low, eps_high] on the side that A favours; Ā is the sequence's
+    mean advantage. A correction enters as its geometric mean over the sequence.
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    aggregation: Aggregation = dataclasses.field(default="sequence", kw_only=True)
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        sign, x = torch.sign(batch.advantages), batch.log_ratio
+        bounded = x.clamp(-self.eps_low, self.eps_high)
+        x = torch.where(sign * x <= sign * bounded, x, bounded)
+        x = torch.where(sign == 0, 0.0, x)
+        loss = -batch.sequence_mean(batch.advantages) * torch.exp(batch.sequence_mean(x))
+        if batch.correction is None:
+            return loss
+        log_weight = torch.log(batch.correction + 1e-10)
+        return loss * torch.exp(batch.sequence_mean(log_weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class VESPO(Objective):
+    """ℓ = −sg[φ(w)]·A·logp, φ(w) = exp(λ)·w^k·exp(−λ·w), w = exp(Σ_t(logp − old)) (as in TRL).
+
+    (k, λ) are (k_pos, lambda_pos) for A ≥ 0, else (k_neg, lambda_neg). A correction multiplies w,
+    not the loss. As in TRL, log-ratios are clamped to ±20 a token and log w to [log 1e-8, 20].
+    """
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        lowest = math.log(1e-8)
+        with torch.no_grad():
+            log_w = batch.sequence_sum(batch.log_ratio.detach().clamp(-20.0, 20.0))
+            if batch.correction is not None:
+                log_weight = torch.log(batch.correction).clamp(lowest, 20.0)
+                log_w = log_w + batch.sequence_sum(log_weight)
+            log_w = _sequences_of(batch).spread(log_w.clamp(lowest, 20.0))
+            up = batch.advantages >= 0
+            k = torch.where(up, self.k_pos, self.k_neg)
+            decay = torch.where(up, self.lambda_pos, self.lambda_neg)
+            phi = torch.exp(decay + k * log_w - decay * torch.exp(log_w))
+        return -phi * batch.advantages * batch.logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipCov(Objective):
+    """Clipped surrogate without some tokens of high covariance (arXiv 2505.22617, as in verl).
+
+    cov = (A − mean A)·(logp − mean logp). Of the tokens with cov_low < cov < cov_high that the clip
+    did not touch, max(1, floor(share·tokens)), chosen at random by `seed`, get loss 0.
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    share: float = 2e-4
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    seed: int = 0
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        ratio = _ratio(batch.log_ratio, batch.advantages)
+        with torch.no_grad():
+            bounded = ratio.clamp(1 - self.eps_low, 1 + self.eps_high)
+            clipped = bounded * batch.advantages < ratio * batch.advantages
+            cov = _covariance(batch)
+            eligible = (batch.mask > 0) & ~clipped & (cov > self.cov_low) & (cov < self.cov_high)
+            chance = torch.Generator(device=cov.device).manual_seed(self.seed)
+            key = torch.rand(cov.shape, generator=chance, device=cov.device)
+            dropped = _first(torch.where(eligible, key, 2.0), batch.mask, self.share) & eligible
+        loss = -surrogate(ratio, batch.advantages, self.eps_low, self.eps_high)
+        return batch.corrected(torch.where(dropped, 0.0, loss))
+
+
+@dataclasses.dataclass(frozen=True)
+class KLCov(Objective):
+    """ℓ = −r·A, plus kl_coef·|log r| where the covariance is highest (arXiv 2505.22617, as in
+    verl).
+
+    The highest max(1, floor(share·tokens)) values of cov = (A − mean A)·(logp − mean logp).
+    """
+
+    share: float = 2e-4
+    kl_coef: float = 1.0
+
+    def policy_term(self, batch: Batch) -> Tensor:
+        loss = -_ratio(batch.log_ratio, batch.advantages) * batch.advantages
+        with torch.no_grad():
+            key = torch.where(batch.mask > 0, -_covariance(batch), math.inf)
+            highest = _first(key, batch.mask, self.share) & (batch.mask > 0)
+        return batch.corrected(
+            loss + torch.where(highest, self.kl_coef * batch.log_ratio.abs(), 0.0)
+        )
+
+
+def _ratio(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """exp(log_ratio), and 1 where A = 0: there the policy term is 0, whatever the ratio is."""
+    return torch.exp(torch.where(advantages != 0, log_ratio, 0.0))
+
+
+def surrogate(
+    ratio: Tensor,
+    advantages: Tensor,
+    eps_low: float,
+    eps_high: float,
+    delta: float = math.inf,
+    dual_clip: float = math.inf,
+) -> Tensor:
+    """min(min(r, delta)·A, clip(r, 1−eps_low, 1+eps_high)·A), at least dual_clip·A where A < 0."""
+    unclipped = ratio.clamp(max=delta) * advantages
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
+    least = torch.where(unclipped <= clipped, unclipped, clipped)
+    if dual_clip == math.inf:
+        return least
+    bound = dual_clip * advantages
+    return torch.where((advantages < 0) & (least < bound), bound, least)
+
+
+def _covariance(batch: Batch) -> Tensor:
+    logprobs = batch.logprobs.detach()
+    centred = logprobs - batch.mean(logprobs)
+    return (batch.advantages - batch.mean(batch.advantages)) * centred
+
+
+def _first(key: Tensor, mask: Tensor, share: float) -> Tensor:
+    """True at the max(1, floor(share·Σ mask)) lowest keys, ties by index; without a host sync."""
+    flat = key.reshape(-1)
+    rank = torch.empty_like(flat, dtype=torch.int64)
+    order = flat.argsort(stable=True)
+    rank[order] = torch.arange(flat.numel(), device=flat.device)
+    count = (share * mask.sum()).floor().clamp(min=1)
+    return (rank < count).reshape(key.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +501,7 @@ def terms(
     objective: Objective, *, kl="k3", kl_coef=0.0, kl_importance=False, entropy_coef=0.0
 ) -> Terms:
     """The flat form of an objective and its regularisers."""
-    clipped = not isinstance(objective, REINFORCE)
+    clipped = objective.fused and not isinstance(objective, REINFORCE)
     dual_clip = getattr(objective, "dual_clip", None)
     delta = getattr(objective, "delta", None)
     return Terms(
@@ -198,18 +531,11 @@ def token_loss(
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     log_ratio = logprobs - old
-    active = advantages != 0
     if t.clipped:
-        ratio = torch.exp(torch.where(active, log_ratio, 0.0))
-        unclipped = ratio.clamp(max=t.delta) * advantages
-        clipped = ratio.clamp(1 - t.eps_low, 1 + t.eps_high) * advantages
-        surrogate = torch.where(unclipped <= clipped, unclipped, clipped)
-        if t.dual_clip != math.inf:
-            bound = t.dual_clip * advantages
-            surrogate = torch.where((advantages < 0) & (surrogate < bound), bound, surrogate)
-        loss = -surrogate
+        ratio = _ratio(log_ratio, advantages)
+        loss = -surrogate(ratio, advantages, t.eps_low, t.eps_high, t.delta, t.dual_clip)
     else:
-        loss = -advantages * torch.where(active, logprobs, 0.0)
+        loss = -advantages * torch.where(advantages != 0, logprobs, 0.0)
     if t.kl_coef != 0:
         if ref_logprobs is None:
             raise ValueError("ref_logprobs is needed where kl_coef is not 0")

@@ -119,15 +119,24 @@ def policy_loss_from_logprobs(
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     if entropy is not None:
         entropy = torch.where(mask > 0, entropy, 0.0)
+    behaviour = logprobs.detach() if old is None else old
+    factor = None
     if correction is not None:
-        behaviour = logprobs.detach() if old is None else old
-        advantages = advantages * _objective.correction_weights(
+        factor = _objective.correction_weights(
             correction, behaviour, clean(rollout_logprobs), mask, seqs
         )
     flat = _objective.terms(
         objective, kl=kl, kl_coef=kl_coef, kl_importance=kl_importance, entropy_coef=entropy_coef
     )
-    per_token = _objective.token_loss(logprobs, old, advantages, ref, entropy, flat)
+    if objective.fused:
+        scaled = advantages if factor is None else advantages * factor
+        per_token = _objective.token_loss(logprobs, old, scaled, ref, entropy, flat)
+    else:
+        batch = _objective.Batch(logprobs, behaviour, advantages, mask, seqs, factor)
+        none = torch.zeros_like(advantages)
+        per_token = objective.policy_term(batch) + _objective.token_loss(
+            logprobs, old, none, ref, entropy, flat
+        )
     return (_objective.token_weights(objective, mask, seqs, normalizer) * per_token).sum()
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of pyrlk, one file an op. A leaf: imports torch, triton and itself, nothing else."""
+"""Triton kernels of pyrlk, one file an op. A leaf: it imports torch, triton and itself."""
 
 if __name__ == "triton_kernels":
     raise ImportError(

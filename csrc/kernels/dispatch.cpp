@@ -80,8 +80,8 @@ void row_gradient(const void* z, DType dtype, int64_t n, double temperature, dou
     if (action >= 0) target[action] = slope.at_action;
     return;
   }
-  row_kernels().gradient[int(dtype)](z, n, exponent_scale(temperature), float(max),
-                                     float(slope.k1), float(slope.k2), out);
+  row_kernels().gradient[int(dtype)](z, n, exponent_scale(temperature), float(max), float(slope.k1),
+                                     float(slope.k2), out);
   if (action >= 0) row_fill(out, dtype, action, action + 1, float(slope.at_action));
 }
 

@@ -1,4 +1,5 @@
-// The CPU kernels as bindings.cpp calls them. Pointers and sizes; per-token arrays are contiguous [T].
+// The CPU kernels as bindings.cpp calls them. Pointers and sizes; per-token arrays are contiguous
+// [T].
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,8 @@ struct Temperature {
   const void* per_token;  // or null
 };
 
-// All return −1, or the first token index whose action is outside [0, vocab) (nothing is written then).
+// All return −1, or the first token index whose action is outside [0, vocab) (nothing is written
+// then).
 int64_t token_logprobs(const Rows& z, const int64_t* tokens, Temperature tau, void* logprob,
                        void* entropy, void* stats, int threads);
 void token_logprobs_backward(const Rows& z, const int64_t* tokens, Temperature tau,

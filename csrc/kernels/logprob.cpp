@@ -1,7 +1,7 @@
-// logprob = log π(a), entropy H, and their gradient from (g, h): statistics, then one gradient sweep.
+// logprob = log π(a), entropy H, and their gradient from (g, h): statistics, then one gradient
+// sweep.
 #include <omp.h>
 
-#include "../memory/threads.h"
 #include "kernels.h"
 #include "per_token.h"
 
@@ -12,7 +12,7 @@ int64_t token_logprobs(const Rows& z, const int64_t* tokens, Temperature tau, vo
   const int64_t bad = first_bad_token(tokens, nullptr, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(usable_threads(threads))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
   for (int64_t t = 0; t < z.count; ++t) {
     RowStats s;
     double lp = 0.0, h = 0.0, at = 0.0;
@@ -38,7 +38,7 @@ void token_logprobs_backward(const Rows& z, const int64_t* tokens, Temperature t
                              const void* stats, const void* grad_logprob, const void* grad_entropy,
                              const Rows& grad, int threads) {
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(usable_threads(threads))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
   for (int64_t t = 0; t < z.count; ++t) {
     const double g = get(grad_logprob, t, wide, 0.0), h = get(grad_entropy, t, wide, 0.0);
     if (tokens[t] == kIgnored || (g == 0.0 && h == 0.0)) {

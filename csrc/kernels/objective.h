@@ -40,7 +40,8 @@ inline TokenLoss token_loss(double logp, double old, double advantage, double re
         surrogate = t.dual_clip * advantage;
         slope = false;
       }
-      if (ratio != ratio) surrogate = ratio;  // a NaN log-prob must show, whatever the comparisons say
+      if (ratio != ratio)
+        surrogate = ratio;  // a NaN log-prob must show, whatever the comparisons say
       out.loss = -surrogate;
       out.g = slope ? -ratio * advantage : 0.0;
       if (ratio != ratio) out.g = ratio;

@@ -1,13 +1,23 @@
-// What every op over T tokens shares: reading per-token scalars, checking actions, writing a gradient row.
+// What every op over T tokens shares: reading per-token scalars, checking actions, writing a
+// gradient row.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
+#include "../memory/threads.h"
 #include "kernels.h"
 
 namespace pyrlk {
 
 constexpr int64_t kIgnored = -100;
+
+// Threads for these rows: on busy cores a barrier costs more than a small region's work.
+inline int row_threads(const Rows& z, int requested) {
+  constexpr int64_t kElementsAThread = 1 << 15;
+  const int64_t useful = std::min(z.count, z.count * z.vocab / kElementsAThread);
+  return usable_threads(int(std::min<int64_t>(requested, std::max<int64_t>(useful, 1))));
+}
 
 // Per-token arrays are float, or double beside float64 logits.
 inline double get(const void* p, int64_t i, bool wide, double missing) {
@@ -26,7 +36,8 @@ inline double temperature_at(Temperature tau, int64_t t, bool wide) {
   return get(tau.per_token, t, wide, wide ? tau.value : double(float(tau.value)));
 }
 
-// The first token whose action is outside the vocabulary, or −1. Rows of weight 0 are not looked at.
+// The first token whose action is outside the vocabulary, or −1. Rows of weight 0 are not looked
+// at.
 inline int64_t first_bad_token(const int64_t* tokens, const void* weight, const Rows& z) {
   const bool wide = z.dtype == DType::kFloat64;
   for (int64_t t = 0; t < z.count; ++t) {

@@ -12,7 +12,7 @@ int64_t policy_loss(const PolicyLossArgs& a, int threads) {
   const int64_t bad = first_bad_token(a.tokens, a.weight, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64, with_entropy = a.entropy != nullptr;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(usable_threads(threads))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
   for (int64_t t = 0; t < z.count; ++t) {
     const double weight = get(a.weight, t, wide, 0.0);
     TokenLoss token{0.0, 0.0};
@@ -49,7 +49,7 @@ int64_t reinforce_grad(const Rows& z, const int64_t* tokens, const void* advanta
   const int64_t bad = first_bad_token(tokens, nullptr, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(usable_threads(threads))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
   for (int64_t t = 0; t < z.count; ++t) {
     const double advantage = get(advantages, t, wide, 0.0);
     if (tokens[t] == kIgnored || advantage == 0.0) {

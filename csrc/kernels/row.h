@@ -3,8 +3,8 @@
 //   statistics   m = max z,  y = (z − m)·c,  c = log2(e)/τ,  S = Σ 2^y,  E = Σ 2^y·y
 //   gradient     ∂ℓ/∂z_i = (1/τ)·[ g·(1[i=a] − π_i) − h·π_i·(log π_i + H) ],  π = 2^y / S
 //
-// Fixed 4096-wide tiles, 64 lanes a tile, tiles combined in index order in double: equal logits give
-// equal bits in any batch, thread count and instruction set.
+// Fixed 4096-wide tiles, 64 lanes a tile, tiles combined in index order in double: equal logits
+// give equal bits in any batch, thread count and instruction set.
 #pragma once
 
 #include <cmath>
@@ -51,7 +51,8 @@ struct RowSlope {
   double k1, k2, at_action;
 };
 
-// From g = ∂ℓ/∂log π(a) and h = ∂ℓ/∂H. p_a − 1 comes from expm1: near 0 the difference would cancel.
+// From g = ∂ℓ/∂log π(a) and h = ∂ℓ/∂H. p_a − 1 comes from expm1: near 0 the difference would
+// cancel.
 inline RowSlope row_slope(const RowStats& s, double logp, double g, double h, double temperature) {
   const double log_s = log_sum(s), scale = 1.0 / temperature;
   RowSlope r{-g * scale / s.sum, 0.0, -g * std::expm1(logp) * scale};

@@ -13,7 +13,8 @@ constexpr int kWidth = 16;
 constexpr int kVecs = kLanes / kWidth;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-// Calls body(offset, vectors) for every group of 64 elements of z[0, n); lanes past the end are −inf.
+// Calls body(offset, vectors) for every group of 64 elements of z[0, n); lanes past the end are
+// −inf.
 template <class T, class Body>
 inline void for_groups(const T* z, int64_t n, Body body) {
   int64_t i = 0;

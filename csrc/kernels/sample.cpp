@@ -2,18 +2,20 @@
 //
 //   mass w_i = floor(2^44 · 2^y_i): integers, so that no order of summation changes a bit
 //   top-p    the shortest prefix with mass ≥ max(1, ceil(P·Z / 2^32)), P = floor(p·2^32)
-//   draw     u = 64 Philox bits; the first kept id, ascending, whose running mass exceeds u·Z / 2^64
+//   draw     u = 64 Philox bits; the first kept id, ascending, whose running mass exceeds u·Z /
+//   2^64
 //
-// No sort of V: a bound on the logits of the kept set (top-k: from group maxima; top-p: tokens below
-// m − τ·ln(n/(1−p)) weigh less than 1−p together; min-p: its definition) leaves few candidates.
+// No sort of V: a bound on the logits of the kept set (top-k: from group maxima; top-p: tokens
+// below m − τ·ln(n/(1−p)) weigh less than 1−p together; min-p: its definition) leaves few
+// candidates.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "../memory/threads.h"
 #include "kernels.h"
+#include "per_token.h"
 
 namespace pyrlk {
 namespace {
@@ -122,8 +124,8 @@ void keep(const float* z, int64_t n, float m, float c, const Params& p, Scratch&
   float bound = -std::numeric_limits<float>::max();
   if (top_k && p.top_k <= groups) {  // k groups have a maximum ≥ the k-th largest of the maxima
     s.sorted_max = s.group_max;
-    std::nth_element(s.sorted_max.begin(), s.sorted_max.begin() + (p.top_k - 1),
-                     s.sorted_max.end(), std::greater<float>());
+    std::nth_element(s.sorted_max.begin(), s.sorted_max.begin() + (p.top_k - 1), s.sorted_max.end(),
+                     std::greater<float>());
     bound = std::max(bound, s.sorted_max[p.top_k - 1]);
   }
   if (top_p && !pool_is_top_k) {
@@ -251,7 +253,7 @@ RowDraw sample_row(const void* logits, DType dtype, int64_t n, const Params& p, 
 
 int64_t sample(const SampleArgs& a, int threads) {
   const Rows& z = a.logits;
-#pragma omp parallel num_threads(usable_threads(threads))
+#pragma omp parallel num_threads(row_threads(z, threads))
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 1)

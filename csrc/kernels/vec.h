@@ -48,8 +48,8 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // a > b ? a : b
 inline Vec scale_by_exponent(Vec p, Vec t) {
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v),
-                                               _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
 }
 inline Mask nothing() { return {0}; }
 inline Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }

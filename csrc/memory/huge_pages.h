@@ -5,7 +5,8 @@
 
 namespace pyrlk {
 
-// Asks for 2 MiB pages over [address, address + bytes) before its first touch; a hint, never an error.
+// Asks for 2 MiB pages over [address, address + bytes) before its first touch; a hint, never an
+// error.
 void advise_huge_pages(std::uint64_t address, std::uint64_t bytes) noexcept;
 
 }  // namespace pyrlk

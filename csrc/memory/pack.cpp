@@ -19,10 +19,11 @@ namespace {
 constexpr std::uint64_t kGrain = 1 << 20;
 // Strided data goes through tiles that stay in the first-level cache between copy and sum.
 constexpr std::uint64_t kTile = 16 << 10;
-// Below this, waking the other threads costs more than they bring.
-constexpr std::uint64_t kSerial = 256 << 10;
-// From here on a buffer is not expected to survive in the cache until it is read.
-constexpr std::uint64_t kStream = 64 << 20;
+// Below this one thread is done within a millisecond, and waiting for others on a busy machine can
+// take longer than that.
+constexpr std::uint64_t kSerial = 8 << 20;
+// From here on stores go around the cache: a line that is written whole need not be read first.
+constexpr std::uint64_t kStream = 16 << 20;
 
 enum class Task { kPack, kUnpack, kSum };
 

@@ -1,0 +1,67 @@
+"""`pyrlk demo`: DAPO post-training of a small language model, every part of pyrlk in one run.
+
+    warm-up        cross-entropy on a careless teacher, to a policy that is sometimes right
+    rollout        a second process draws with pyrlk.sample
+    reward         verified arithmetic, soft overlong penalty, informative groups, group advantages
+    learn          pyrlk.policy_loss, AdamW
+    weights        pyrlk.weights, by handle, with a version; and again
+
+engine (second process) · trainer (the loop) · learn · warmup · rollout · arithmetic · record
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+class Failed(Exception):
+    """The run ended early; the message is one line for the user."""
+
+
+class Result(NamedTuple):
+    before: float
+    after: float
+    steps: int
+
+
+def run(config: Config, folder: Path, *, resume: bool = False) -> Result:
+    """Train as `config` says, with all files in `folder`. With `resume`, go on from its checkpoint.
+
+    Raises
+    ------
+    Failed
+        The engine was lost or the user interrupted; the checkpoint holds the last completed step.
+    """
+    from .determinism import fix, usable_cores
+    from .engine import Engine, EngineLost
+    from .plot import picture
+    from .progress import Progress
+    from .record import Record
+    from .trainer import Stopped, Trainer
+
+    threads = usable_cores()
+    fix(threads)
+    record = Record(folder)
+    with Progress(config) as progress, Engine(config, threads) as engine:
+        progress.note(f"engine: process {engine.pid}; files: {folder}")
+        trainer = Trainer(config, record, progress)
+        if resume:
+            trainer.load(record.load())
+            record.rewind(trainer.step)
+            progress.note(f"resumed after step {trainer.step}")
+        else:
+            record.begin()
+            trainer.warm_up()
+        try:
+            after = trainer.run(engine)
+        except (EngineLost, Stopped) as error:
+            raise Failed(
+                f"{error}; step {trainer.step} is saved in {record.checkpoint_path}: "
+                "the same command with --resume continues"
+            ) from error
+        picture(record)
+    return Result(trainer.before, after, trainer.step)

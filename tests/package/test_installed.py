@@ -1,4 +1,4 @@
-"""What an installed pyrlk must hold, wherever it came from: the source tree, a wheel or an sdist."""
+"""What an installed pyrlk must hold, be it the source tree, a wheel or an sdist."""
 
 from __future__ import annotations
 

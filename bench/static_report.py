@@ -1,0 +1,203 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, access widths.
+
+    python bench/static_report.py [--json PATH] [--target sm_90 …] [--dtype bf16 …]
+
+Compiles ahead of time for each target and reads the result: cubins by cuobjdump (it ships in the
+triton wheel), AMD code by its own metadata. Global loads and stores are counted by their bits.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pyrlk.triton_kernels import logprob, policy_loss, row, sample
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "bounds_ptr")
+_POINTERS = dict.fromkeys(_INT64, "*i64") | {
+    "offsets_ptr": "*i64",
+    "kept_ptr": "*i32",
+    "ids_ptr": "*i32",
+    "status_ptr": "*u8",
+}
+_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+
+_OBJECTIVE = {"CLIPPED": True, "KL": 0, "KL_IMPORTANCE": False, "ENTROPY_BONUS": False}
+_NO_KL = {"temperature_ptr": None, "ref_logprobs_ptr": None, "entropy_ptr": None}
+
+# One entry a shape of code that users run: name, kernel, what is None or constant in it.
+VARIANTS = [
+    ("token_logprobs_fwd", logprob.token_logprobs_fwd_kernel, {"temperature_ptr": None}),
+    ("token_logprobs_bwd", logprob.token_logprobs_bwd_kernel, {"temperature_ptr": None}),
+    ("policy_loss_fwd dapo", policy_loss.policy_loss_fwd_kernel, _OBJECTIVE | _NO_KL),
+    (
+        "policy_loss_fwd dapo+k3+entropy",
+        policy_loss.policy_loss_fwd_kernel,
+        _OBJECTIVE | {"KL": 3, "KL_IMPORTANCE": True, "ENTROPY_BONUS": True},
+    ),
+    (
+        "policy_loss_fwd reinforce",
+        policy_loss.policy_loss_fwd_kernel,
+        _OBJECTIVE | _NO_KL | {"CLIPPED": False, "old_logprobs_ptr": None},
+    ),
+    ("reinforce_grad_fwd", policy_loss.reinforce_grad_fwd_kernel, {"temperature_ptr": None}),
+    ("scale_fwd", policy_loss.scale_fwd_kernel, {}),
+    ("sample_fwd", sample.sample_fwd_kernel, {"JOINT": False}),
+    ("sample_fwd joint", sample.sample_fwd_kernel, {"JOINT": True}),
+    ("support_fwd", sample.support_fwd_kernel, {}),
+]
+
+
+@dataclasses.dataclass
+class Entry:
+    """One kernel on one target. loads, stores: {bits: number of instructions} to global memory."""
+
+    kernel: str
+    target: str
+    dtype: str
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bool = True):
+    """The kernel as its launcher would compile it for logits of a dtype, 16-byte aligned or not."""
+    vector = 16 // ITEM[dtype] if aligned else 1
+    constants = {
+        "ALIGN": vector,
+        "GRAD_ALIGN": vector,
+        "BLOCK": row.TILE,
+        "SHIFT": {"fp32": 0, "fp16": 13, "bf16": 16}[dtype],
+    } | constants
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _LOGITS:
+            signature[name] = f"*{dtype}"
+            if aligned:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTERS.get(name, "*fp32")
+        else:
+            signature[name] = parameter.annotation_type or "fp32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGETS[target], options=dict(row.LAUNCH))
+
+
+def inspect_kernel(name: str, kernel, constants: dict, target: str, dtype: str) -> Entry:
+    compiled = compile_kernel(kernel, constants, target, dtype)
+    read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
+    registers, spills, loads, stores = read(compiled)
+    shared = compiled.metadata.shared
+    return Entry(name, target, dtype, registers, spills, shared, loads, stores)
+
+
+def _read_nvidia(compiled):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return registers, spills, _widths(sass, "LDG"), _widths(sass, "STG")
+
+
+def _widths(sass: str, opcode: str) -> dict[int, int]:
+    found: collections.Counter[int] = collections.Counter()
+    for suffixes in re.findall(rf"\b{opcode}\.E((?:\.\w+)*)", sass):
+        width = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", suffixes)
+        found[int(width[1]) if width else 32] += 1
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _read_amd(compiled):
+    text = compiled.asm["amdgcn"]
+
+    def number(key):
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+    bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+
+    def widths(opcode):
+        # A scalar access may come as a buffer_ instruction; both reach global memory.
+        found = collections.Counter(
+            bits.get(kind, 16 if "short" in kind else 8)
+            for kind in re.findall(rf"\b(?:global|buffer)_{opcode}_(\w+)", text)
+        )
+        return dict(sorted(found.items(), reverse=True))
+
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return number("vgpr_count"), spills, widths("load"), widths("store")
+
+
+def report(targets=tuple(TARGETS), dtypes=("fp32", "bf16")) -> list[Entry]:
+    return [
+        inspect_kernel(name, kernel, constants, target, dtype)
+        for name, kernel, constants in VARIANTS
+        for target in targets
+        for dtype in dtypes
+    ]
+
+
+def _count(widths: dict[int, int]) -> str:
+    return " ".join(f"{number}×{bits}" for bits, number in widths.items()) or "-"
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(ITEM))
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
+    entries = report(options.target, options.dtype)
+    print(
+        f"{'kernel':32} {'target':7} {'dtype':5} regs spills shared  loads n×bits · stores n×bits"
+    )
+    for e in entries:
+        print(
+            f"{e.kernel:32} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
+            f"{_count(e.loads)} · {_count(e.stores)}"
+        )
+    if options.json:
+        data = {
+            "triton": triton.__version__,
+            "options": dict(row.LAUNCH),
+            "tile": row.TILE,
+            "kernels": [dataclasses.asdict(e) for e in entries],
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

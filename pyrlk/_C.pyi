@@ -1,0 +1,112 @@
+"""The C++ extension: raw addresses (tensor.data_ptr(), 0 for none) and sizes, nothing of torch."""
+
+from array import array
+
+# kernels: row statistics, losses, sampling (csrc/kernels).
+
+# (address, dtype, rows, vocab, width, inner, stride_outer, stride_inner)
+_Rows = tuple[int, int, int, int, int, int, int, int]
+# (number, address of a per-token array or 0)
+_Temperature = tuple[float, int]
+# (clipped, eps_low, eps_high, dual_clip, delta, kl, kl_coef, kl_importance, entropy_coef)
+_Terms = tuple[bool, float, float, float, float, int, float, bool, float]
+
+def cpu_isa() -> str: ...
+def set_isa(name: str) -> bool: ...
+def advise_huge_pages(address: int, bytes: int) -> None: ...
+def token_logprobs(
+    logits: _Rows,
+    tokens: int,
+    temperature: _Temperature,
+    logprob: int,
+    entropy: int,
+    stats: int,
+    threads: int,
+) -> int: ...
+def token_logprobs_backward(
+    logits: _Rows,
+    tokens: int,
+    temperature: _Temperature,
+    stats: int,
+    grad_logprob: int,
+    grad_entropy: int,
+    grad: _Rows,
+    threads: int,
+) -> None: ...
+def policy_loss(
+    logits: _Rows,
+    tokens: int,
+    old_logprobs: int,
+    advantages: int,
+    weight: int,
+    ref_logprobs: int,
+    temperature: _Temperature,
+    terms: _Terms,
+    loss: int,
+    logprob: int,
+    entropy: int,
+    grad: _Rows | None,
+    threads: int,
+) -> int: ...
+def reinforce_grad(
+    logits: _Rows,
+    tokens: int,
+    advantages: int,
+    temperature: _Temperature,
+    out: _Rows,
+    threads: int,
+) -> int: ...
+def scale(x: int, dtype: int, count: int, factor: float, threads: int) -> None: ...
+
+class Support:
+    def __init__(self, rows: int) -> None: ...
+    def total(self) -> int: ...
+    def write(self, ids: int, offsets: int) -> None: ...
+
+def sample(
+    logits: _Rows,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    seed: int,
+    position: int,
+    joint: bool,
+    token: int,
+    logprob: int,
+    full_logprob: int,
+    kept: int,
+    status: int,
+    support: Support | None,
+    threads: int,
+) -> int: ...
+
+# memory: the hand-over of weights (csrc/memory).
+# An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides in elements.
+_Pieces = array[int]
+
+class CudaError(RuntimeError): ...
+
+def usable_threads(requested: int) -> int: ...
+def pack(
+    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
+) -> list[int]: ...
+def unpack(
+    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
+) -> list[int]: ...
+def checksum(buffer: int, buffer_bytes: int, ranges: list[int], threads: int) -> list[int]: ...
+def segment_create(bytes: int) -> tuple[int, int]: ...
+def segment_open(fd: int, bytes: int) -> int: ...
+def segment_close(address: int, bytes: int) -> None: ...
+def cuda_unavailable() -> str: ...
+def cuda_device_count() -> int: ...
+def cuda_device_uuid(device: int) -> bytes: ...
+def cuda_device_by_uuid(uuid: bytes) -> int: ...
+def cuda_alloc(device: int, bytes: int) -> int: ...
+def cuda_free(device: int, address: int) -> None: ...
+def cuda_ipc_export(device: int, address: int) -> tuple[bytes, int, int]: ...
+def cuda_ipc_open(device: int, handle: bytes) -> int: ...
+def cuda_ipc_close(device: int, base: int) -> None: ...
+def cuda_copy_to_host(device: int, dst: int, src: int, bytes: int) -> None: ...
+def cuda_copy_to_device(device: int, dst: int, src: int, bytes: int) -> None: ...
+def cuda_synchronize(device: int) -> None: ...

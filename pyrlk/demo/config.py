@@ -1,0 +1,39 @@
+"""The settings of a demo run. All of them are in its checkpoint; `--resume` takes them from there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..objective import DAPO, GRPO, PPO, REINFORCE, Objective
+
+ALGORITHMS = ("dapo", "grpo", "ppo", "reinforce")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 60
+    algorithm: str = "dapo"
+    model: str | None = None  # a transformers folder; None builds the small model
+    device: str = "cpu"
+    groups: int = 64  # informative groups a step
+    group_size: int = 8
+    max_length: int = 8  # tokens of a response, its end included
+    cache_length: int = 4  # of which so many are on the slope of the overlong penalty
+    warmup_steps: int = 300  # at most
+    warmup_batch: int = 128
+    warmup_lr: float = 3e-3
+    warmup_target: float = 0.9  # stop at this pass@16
+    lr: float = 5e-4
+    updates: int = 2  # optimizer steps a batch: from the second on the ratio is not 1
+    eval_every: int = 10
+    save_every: int = 10
+
+    @property
+    def objective(self) -> Objective:
+        return {"dapo": DAPO, "grpo": GRPO, "ppo": PPO, "reinforce": REINFORCE}[self.algorithm]()
+
+    @property
+    def updates_per_batch(self) -> int:
+        """REINFORCE has no ratio to correct a second update on the same batch."""
+        return 1 if self.algorithm == "reinforce" else self.updates

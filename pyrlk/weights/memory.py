@@ -1,0 +1,343 @@
+"""Staging memory that another process opens by handle, and the ring that reuses it.
+
+    host   memfd, sealed SHRINK | GROW | FUTURE_WRITE | SEAL; the handle is a descriptor
+    cuda   cuMemAlloc (outside torch's allocator); the handle is a cudaIpcMemHandle and an offset
+
+    slot:  FREE ─fill→ FILLING ─ready→ READY(generation) ─ack of that generation→ FREE
+
+`Host` and `Cuda` are the publisher's side (pack), `open_segment` the receiver's (sum, unpack).
+Sums are those of csrc/memory/pack.h, equal on every device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import secrets
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrlk import _C
+
+from .errors import ProtocolError, StagingError, Unsupported
+
+Placed = tuple[Tensor, int]  # a tensor and its offset in the segment
+
+
+class Kind(enum.IntEnum):
+    """What a handle is."""
+
+    HOST = 0
+    CUDA = 1
+
+
+@dataclass(frozen=True)
+class Handle:
+    """All that a second process needs, beside the descriptor, to open a segment."""
+
+    kind: Kind
+    nbytes: int
+    id: bytes  # 128 random bits; a process id is never an identity
+    uuid: bytes = bytes(16)  # of the GPU
+    ipc: bytes = bytes(64)
+    offset: int = 0  # of the segment in the exported allocation
+
+
+class Segment:
+    """`nbytes` of staging memory, seen as one flat uint8 tensor."""
+
+    handle: Handle
+    fd: int | None = None
+
+    def __init__(self, handle: Handle, flat: Tensor, release: Callable[[], None]):
+        self.handle = handle
+        self._flat: Tensor | None = flat
+        self._release = release
+
+    @property
+    def nbytes(self) -> int:
+        return self.handle.nbytes
+
+    @property
+    def flat(self) -> Tensor:
+        if self._flat is None:
+            raise StagingError("this staging segment is closed")
+        return self._flat
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor on the segment's memory."""
+        count = 1
+        for size in shape:
+            count *= size
+        return self.flat[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+
+    def pack(self, sources: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
+        """Copy tensors in; the sum of each, or an empty list."""
+        if self._by_address(sources):
+            pieces = _pieces(sources)
+            return _C.pack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
+        sums = []
+        for tensor, offset in sources:
+            place = self.view(offset, tuple(tensor.shape), tensor.dtype)
+            place.copy_(tensor)
+            if checksum:
+                sums.append(_sum_of(self.flat[offset : offset + tensor.nbytes]))
+        return _numbers(sums)
+
+    def sums(self, ranges: Sequence[tuple[int, int]], *, threads: int) -> list[int]:
+        """Sums of (offset, bytes) ranges, nothing copied."""
+        if self._by_address():
+            pairs = [number for pair in ranges for number in pair]
+            return _C.checksum(self.flat.data_ptr(), self.nbytes, pairs, threads)
+        return _numbers([_sum_of(self.flat[at : at + count]) for at, count in ranges])
+
+    def unpack(self, targets: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
+        """Copy into tensors; the sum of what each one received, or an empty list."""
+        if self._by_address(targets):
+            pieces = _pieces(targets)
+            return _C.unpack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
+        sums = []
+        for tensor, offset in targets:
+            tensor.copy_(self.view(offset, tuple(tensor.shape), tensor.dtype))
+            if checksum:
+                sums.append(_sum_of(tensor.contiguous().view(-1).view(torch.uint8)))
+        return _numbers(sums)
+
+    def _by_address(self, tensors: Sequence[Placed] = ()) -> bool:
+        """Whether the C++ side can reach everything; torch copies what lies on a GPU."""
+        on_host = self.handle.kind is Kind.HOST
+        return on_host and all(tensor.device.type == "cpu" for tensor, _ in tensors)
+
+    def finish(self) -> None:
+        """Return when every queued copy into or out of the segment is done."""
+
+    def close(self) -> None:
+        """Give the memory back; idempotent."""
+        if self._flat is not None:
+            self._flat = None
+            self._release()
+
+
+class Host(Segment):
+    """Shared memory of this machine."""
+
+    def __init__(self, nbytes: int):
+        try:
+            fd, address = _C.segment_create(nbytes)
+        except OSError as error:
+            raise StagingError(
+                f"staging memory: {error.strerror}; lower bucket_bytes or buffers"
+            ) from None
+        handle = Handle(Kind.HOST, nbytes, secrets.token_bytes(16))
+        super().__init__(handle, _host_tensor(address, nbytes), self._close_fd)
+        self.fd = fd
+
+    def _close_fd(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class Cuda(Segment):
+    """Memory of one GPU, allocated by the driver so that any torch allocator setting will do."""
+
+    def __init__(self, device: int, nbytes: int):
+        self._device = device
+        self._address: int | None = None
+        try:
+            self._address = _C.cuda_alloc(device, nbytes)
+            ipc, offset, _ = _C.cuda_ipc_export(device, self._address)
+            uuid = _C.cuda_device_uuid(device)
+        except _C.CudaError as error:
+            self._free()
+            raise StagingError(f"CUDA staging memory: {error}") from None
+        handle = Handle(Kind.CUDA, nbytes, secrets.token_bytes(16), uuid, ipc, offset)
+        super().__init__(handle, _cuda_tensor(self._address, nbytes, device), self._free)
+
+    def finish(self) -> None:
+        _C.cuda_synchronize(self._device)
+
+    def _free(self) -> None:
+        if self._address is not None:
+            _C.cuda_free(self._device, self._address)
+            self._address = None
+
+
+class _OpenCuda(Segment):
+    def __init__(self, handle: Handle):
+        try:
+            self._device = _C.cuda_device_by_uuid(handle.uuid)
+            base = _C.cuda_ipc_open(self._device, handle.ipc)
+        except _C.CudaError as error:
+            raise StagingError(f"CUDA handle: {error}") from None
+        flat = _cuda_tensor(base + handle.offset, handle.nbytes, self._device)
+        super().__init__(handle, flat, lambda: _C.cuda_ipc_close(self._device, base))
+
+    def finish(self) -> None:
+        _C.cuda_synchronize(self._device)
+
+    def close(self) -> None:
+        if self._flat is not None:
+            self.finish()
+        super().close()
+
+
+def create(device: torch.device, nbytes: int) -> Segment:
+    """Staging memory where `device` says."""
+    if device.type == "cuda":
+        return Cuda(device.index or 0, nbytes)
+    return Host(nbytes)
+
+
+def open_segment(handle: Handle, fds: Sequence[int]) -> Segment:
+    """Open another process's segment: seals and size are checked, host memory is mapped read-only.
+
+    `fds` stay the caller's to close.
+    """
+    if handle.kind == Kind.CUDA:
+        if fds:
+            raise ProtocolError(f"a CUDA handle comes without descriptors, got {len(fds)}")
+        return _OpenCuda(handle)
+    if len(fds) != 1:
+        raise ProtocolError(f"a host segment comes with one descriptor, got {len(fds)}")
+    try:
+        address = _C.segment_open(fds[0], handle.nbytes)
+    except OSError as error:
+        raise ProtocolError(f"segment: {error.strerror}") from None
+    return Segment(handle, _host_tensor(address, handle.nbytes), lambda: None)
+
+
+def placement(tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
+    """Where to stage: the one GPU that holds tensors, else the host."""
+    found = torch.device("cpu")
+    for name, tensor in tensors:
+        device = tensor.device
+        if device.type == "cpu" or device == found:
+            continue
+        if device.type != "cuda" or found.type == "cuda":
+            raise Unsupported(
+                f"{name!r} lies on {device}: an update takes tensors of the CPU and of one CUDA "
+                "device; move it, or send one update a device with partial=True"
+            )
+        found = device
+    return found
+
+
+class State(enum.Enum):
+    FREE = "free"
+    FILLING = "filling"
+    READY = "ready"
+
+
+@dataclass
+class Slot:
+    """One segment of the ring. `generation` rises with every fill."""
+
+    index: int
+    segment: Segment
+    state: State = State.FREE
+    generation: int = 0
+
+    def fill(self) -> None:
+        self._expect(State.FREE)
+        self.state = State.FILLING
+        self.generation += 1
+
+    def ready(self) -> None:
+        self._expect(State.FILLING)
+        self.state = State.READY
+
+    def _expect(self, state: State) -> None:
+        if self.state is not state:
+            raise RuntimeError(
+                f"staging slot {self.index} is {self.state.value}, not {state.value}"
+            )
+
+
+class Ring:
+    """The staging slots of one session with one receiver."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self.slots = [Slot(i, segment) for i, segment in enumerate(segments)]
+
+    def free_slot(self) -> Slot | None:
+        return next((slot for slot in self.slots if slot.state is State.FREE), None)
+
+    def ack(self, index: int, generation: int) -> None:
+        """Free a slot; only the receiver's word on this very generation does."""
+        slot = self.slots[index] if index < len(self.slots) else None
+        if slot is None or slot.state is not State.READY or slot.generation != generation:
+            raise ProtocolError(f"acknowledged slot {index}, generation {generation}: never sent")
+        slot.state = State.FREE
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.segment.close()
+
+
+def _pieces(placed: Sequence[Placed]) -> array[int]:
+    """Addresses, offsets, sizes and strides for the C++ side."""
+    numbers = array("Q")
+    for tensor, offset in placed:
+        if tensor.is_contiguous():
+            numbers.extend((tensor.data_ptr(), offset, 1, 1, tensor.nbytes, 1))
+        else:
+            numbers.extend((tensor.data_ptr(), offset, tensor.element_size(), tensor.ndim))
+            numbers.extend(tensor.shape)
+            numbers.extend(tensor.stride())
+    return numbers
+
+
+_SUM_WORDS = 1 << 22
+_MASK = (1 << 64) - 1
+
+
+def _sum_of(data: Tensor) -> Tensor:
+    """The sum of pack.h over a flat uint8 tensor, in torch: int64 arithmetic wraps mod 2^64."""
+    whole = data.numel() // 4 * 4
+    parts = [data[:whole].view(torch.int32)] if whole else []
+    if whole != data.numel():
+        tail = data.new_zeros(4)
+        tail[: data.numel() - whole] = data[whole:]
+        parts.append(tail.view(torch.int32))
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    first = 0
+    for part in parts:
+        for words in part.split(_SUM_WORDS):
+            count = words.numel()
+            weight = torch.arange(first, first + count, device=data.device) * 2 + 1
+            total += ((words.to(torch.int64) & 0xFFFFFFFF) * weight).sum()
+            first += count
+    return total
+
+
+def _numbers(sums: Sequence[Tensor]) -> list[int]:
+    if not sums:
+        return []
+    device = sums[0].device
+    return [value & _MASK for value in torch.stack([s.to(device) for s in sums]).tolist()]
+
+
+def _host_tensor(address: int, nbytes: int) -> Tensor:
+    mapping = (ctypes.c_ubyte * nbytes).from_address(address)
+    # The last view unmaps: a tensor that outlives its session must not point into nothing.
+    weakref.finalize(mapping, _C.segment_close, address, nbytes).atexit = False
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _cuda_tensor(address: int, nbytes: int, device: int) -> Tensor:
+    class Memory:
+        __cuda_array_interface__ = {  # noqa: RUF012 (numba's protocol wants a plain dict)
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Memory(), device=torch.device("cuda", device))

@@ -1,0 +1,157 @@
+"""Callables around the launchers: outputs start as NaN, so that nothing passes by being left unwritten."""
+
+import types
+
+import pytest
+import torch
+
+from triton.runtime import interpreter
+
+from pyrlk.triton_kernels import logprob, policy_loss, row, sample
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patch_the_language_once():
+    """Save four fifths of the interpreter's time: it patches all of triton.language at every device call.
+
+    A launch has patched what our own functions see; triton's library needs it once a function.
+    """
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("triton.") and self.fn not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 64: rows of a few hundred columns then cross tiles, at a fraction of the time."""
+    monkeypatch.setattr(row, "TILE", 64)
+
+
+def nan(*shape):
+    return torch.full(shape, float("nan"))
+
+
+@pytest.fixture
+def score():
+    def run(logits, tokens, temperature=1.0, vocab_size=None):
+        count = tokens.numel()
+        out = types.SimpleNamespace(logprob=nan(count), entropy=nan(count), stats=nan(count, 4))
+        logprob.token_logprobs_fwd(
+            logits,
+            tokens.reshape(-1),
+            temperature,
+            vocab_size or logits.shape[-1],
+            out.logprob,
+            out.entropy,
+            out.stats,
+        )
+        return out
+
+    return run
+
+
+@pytest.fixture
+def learn():
+    def run(
+        logits,
+        tokens,
+        old,
+        advantages,
+        weight,
+        terms,
+        *,
+        ref=None,
+        temperature=1.0,
+        vocab_size=None,
+        grad=None,
+    ):
+        count = tokens.numel()
+        out = types.SimpleNamespace(loss=nan(count), logprob=nan(count), entropy=nan(count))
+        out.grad = torch.full_like(logits, float("nan")) if grad is None else grad
+        policy_loss.policy_loss_fwd(
+            logits,
+            tokens.reshape(-1),
+            old,
+            advantages,
+            weight,
+            ref,
+            temperature,
+            vocab_size or logits.shape[-1],
+            terms,
+            out.loss,
+            out.logprob,
+            out.entropy,
+            out.grad,
+        )
+        return out
+
+    return run
+
+
+@pytest.fixture
+def draw():
+    def run(
+        logits,
+        *,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=None,
+        position=0,
+        joint=False,
+        capacity=None,
+    ):
+        rows = logits.shape[0]
+
+        def per_row(x, dtype):
+            return (
+                x.to(dtype) if isinstance(x, torch.Tensor) else torch.full((rows,), x, dtype=dtype)
+            )
+
+        out = types.SimpleNamespace(
+            token=torch.full((rows,), -9, dtype=torch.int64),
+            logprob=torch.full((rows,), 9.0),
+            full_logprob=torch.full((rows,), 9.0),
+            kept=torch.full((rows,), -9, dtype=torch.int32),
+            status=torch.full((rows,), 99, dtype=torch.uint8),
+            bounds=torch.full((rows, 2), -9, dtype=torch.int64),
+            ids=torch.full(
+                (logits.numel() if capacity is None else capacity,), -9, dtype=torch.int32
+            ),
+            offsets=torch.full((rows + 1,), -9, dtype=torch.int64),
+        )
+        sample.sample_fwd(
+            logits,
+            per_row(temperature, torch.float32),
+            per_row(top_k, torch.int64),
+            per_row(top_p, torch.float32),
+            per_row(min_p, torch.float32),
+            torch.arange(rows) if seed is None else per_row(seed, torch.int64),
+            per_row(position, torch.int64),
+            joint,
+            out.token,
+            out.logprob,
+            out.full_logprob,
+            out.kept,
+            out.status,
+            out.bounds,
+        )
+        sample.support_fwd(logits, out.bounds, out.kept, out.status, out.ids, out.offsets)
+        out.mask = torch.zeros(rows, logits.shape[1], dtype=torch.bool)
+        for r in range(rows):
+            if not out.status[r] & sample.OVERFLOW:
+                ids = out.ids[out.offsets[r] : out.offsets[r + 1]].long()
+                assert (ids.diff() > 0).all()
+                out.mask[r, ids] = True
+        return out
+
+    return run

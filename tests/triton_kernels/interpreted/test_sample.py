@@ -1,0 +1,313 @@
+"""The sampler against float64 kept sets and against an integer oracle, bit for bit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pyrlk import reference
+from pyrlk.triton_kernels import sample
+
+# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns of them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("small_tiles"),
+]
+
+NAN, INF = math.nan, math.inf
+P_TOP = 1 - 2.0**-16
+
+
+def masses(row, temperature):
+    """w = floor(2^44·2^y) of sampling.md as Python integers, from float32 arithmetic in numpy."""
+    z = row.float().numpy()
+    c = np.float32(1.4426950408889634) / np.float32(temperature)
+    y = np.maximum((z - z.max()) * c, np.float32(-127))
+    n = (y + np.float32(12582912.0)) - np.float32(12582912.0)
+    f = y - n
+    p = np.full_like(f, np.float32(0.00015196693129837513))
+    for coefficient in (
+        0.0013391304528340697,
+        0.009619002230465412,
+        0.055503588169813156,
+        0.24022643268108368,
+        0.6931471824645996,
+        1.0,
+    ):
+        p = p * f + np.float32(coefficient)
+    e = (p.view(np.int32) + (n.astype(np.int32) << 23)).view(np.float32)
+    return [int(2**44 * float(x)) for x in e]
+
+
+def oracle(row, *, temperature, top_k=0, top_p=1.0, min_p=0.0, seed, position, joint=False):
+    """(token, kept ids) by sorting, in exact integers."""
+    top_p, min_p, temperature = (float(np.float32(x)) for x in (top_p, min_p, temperature))
+    weight, z = masses(row, temperature), row.double().tolist()
+    order = sorted((i for i in range(len(z)) if z[i] > -INF), key=lambda i: (-z[i], i))
+    by_k = order[:top_k] if top_k > 0 else order
+    keep = len(by_k)
+    if top_p < 1:
+        pool = sum(weight[i] for i in (order if joint else by_k))
+        need = max(-(-int(top_p * 2**32) * pool // 2**32), 1)
+        running, reach = 0, 0
+        while running < need:
+            running += weight[order[reach]]
+            reach += 1
+        keep = min(keep, reach)
+    if min_p > 0:
+        floor = max(z) + temperature * math.log(min_p)
+        keep = min(keep, sum(z[i] >= floor for i in order))
+    kept = sorted(order[:keep])
+    target = reference.uniform_bits(seed, position) * sum(weight[i] for i in kept) >> 64
+    running = 0
+    for i in kept:
+        running += weight[i]
+        if running > target:
+            return i, kept
+    raise AssertionError("no token")
+
+
+def adversarial(vocab):
+    """Rows that break samplers: ties of all or half, two values, masks, one token, one far winner."""
+    g = torch.Generator().manual_seed(vocab)
+    equal = torch.zeros(vocab)
+    two = (torch.arange(vocab) % 2).float()
+    coarse = torch.randn(vocab, generator=g).bfloat16().float().round()
+    masked = torch.randn(vocab, generator=g)
+    masked[torch.rand(vocab, generator=g) < 0.7] = -INF
+    masked[vocab // 2] = 0.5
+    one = torch.full((vocab,), -INF)
+    one[vocab - 1] = -3.0
+    zeros = torch.where(torch.arange(vocab) % 3 == 0, -0.0, 0.0)
+    peaked = torch.randn(vocab, generator=g) * 8
+    return torch.stack([equal, two, coarse, masked, one, zeros, peaked])
+
+
+# Each filter alone at its edges, then together; temperatures at both ends of their range.
+FILTERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": "V-1"},
+    {"top_k": "V"},
+    {"top_k": "V+1"},
+    {"top_k": 3, "temperature": 1e-6},
+    {"top_p": 0.0, "temperature": 1e3},
+    {"top_p": P_TOP},
+    {"top_p": 0.9, "top_k": 5},
+    {"top_p": 0.9, "top_k": 5, "joint": True},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_p": 0.95, "top_k": 20, "min_p": 0.05, "temperature": 0.7},
+]
+
+
+def resolve(filters, vocab):
+    ks = {"V-1": vocab - 1, "V": vocab, "V+1": vocab + 1}
+    k = filters.get("top_k")
+    return filters | ({"top_k": ks[k]} if k in ks else {})
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_kept_sets_equal_float64_on_adversarial_rows(draw, filters):
+    logits = adversarial(100).half().float()
+    filters = resolve(filters, 100)
+    out = draw(logits.half(), **filters)
+    options = {k: v for k, v in filters.items() if k != "joint"}
+    order = "joint" if filters.get("joint") else "top_k_first"
+    truth = reference.kept_mask(logits, order=order, **options)
+    assert torch.equal(out.mask, truth)
+    assert torch.equal(out.kept, truth.sum(-1).to(torch.int32))
+    assert out.mask.gather(1, out.token[:, None]).all()
+    assert (out.status == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 64, 65])
+def test_tiny_vocabularies(draw, vocab):
+    logits = adversarial(vocab).half()
+    out = draw(logits, top_k=max(vocab - 1, 1), top_p=0.6)
+    truth = reference.kept_mask(logits.float(), top_k=max(vocab - 1, 1), top_p=0.6)
+    assert torch.equal(out.mask, truth)
+
+
+def test_token_and_kept_set_equal_the_integer_oracle(draw):
+    # Float32 logits: every bit of the key matters. Parameters, seeds and positions differ by row.
+    g = torch.Generator().manual_seed(7)
+    rows = 10
+    logits = torch.randn(rows, 100, generator=g) * torch.linspace(0.1, 12, rows)[:, None]
+    logits[3] = logits[3].bfloat16()
+    temperature = torch.tensor([1.0, 0.7, 1e-6, 1e3, 1.0, 0.3, 2.0, 1.0, 0.9, 1.0])
+    top_k = torch.tensor([0, 40, 0, 7, 0, 150, 2, 0, 30, 1])
+    top_p = torch.tensor([1.0, 0.9, 0.5, 0.999, P_TOP, 0.95, 1.0, 0.1, 0.8, 0.3])
+    min_p = torch.tensor([0.0, 0.01, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0, 1e-3, 0.0])
+    seed = torch.tensor([0, 1, -1, 2**62, 5, 6, 7, 8, 9, 10])
+    position = torch.tensor([0, 2**40, 3, 4, 2**63 - 1, 6, 7, 8, 9, 10])
+    # "joint" differs only where a row has both filters.
+    for joint, chosen in ((False, range(rows)), (True, [1, 8])):
+        out = draw(
+            logits[list(chosen)],
+            temperature=temperature[list(chosen)],
+            top_k=top_k[list(chosen)],
+            top_p=top_p[list(chosen)],
+            min_p=min_p[list(chosen)],
+            seed=seed[list(chosen)],
+            position=position[list(chosen)],
+            joint=joint,
+        )
+        for slot, r in enumerate(chosen):
+            token, kept = oracle(
+                logits[r],
+                temperature=temperature[r].item(),
+                top_k=top_k[r].item(),
+                top_p=top_p[r].item(),
+                min_p=min_p[r].item(),
+                seed=seed[r].item(),
+                position=position[r].item(),
+                joint=joint,
+            )
+            assert out.mask[slot].nonzero()[:, 0].tolist() == kept, r
+            assert out.token[slot] == token, r
+
+
+def test_many_draws_of_one_row_equal_the_integer_oracle(draw):
+    row = torch.randn(100, generator=torch.Generator().manual_seed(3)) * 2
+    seed = torch.arange(40)
+    out = draw(row.expand(40, -1), temperature=0.8, seed=seed, position=11)
+    drawn = [oracle(row, temperature=0.8, seed=s, position=11)[0] for s in range(40)]
+    assert out.token.tolist() == drawn
+    assert len(set(drawn)) > 10
+
+
+def test_the_draw_depends_on_seed_and_position_not_on_the_slot(draw):
+    row = torch.randn(1, 300, generator=torch.Generator().manual_seed(4))
+    other = torch.randn(3, 300) * 5
+    alone = draw(row, seed=123, position=9)
+    batch = draw(
+        torch.cat([other, row]),
+        seed=torch.tensor([1, 2, 3, 123]),
+        position=torch.tensor([0, 0, 0, 9]),
+    )
+    assert batch.token[3] == alone.token[0]
+    assert torch.equal(batch.logprob[3:], alone.logprob)
+    again = draw(row.expand(8, -1), seed=123, position=torch.arange(8))
+    assert again.token.unique().numel() > 2
+
+
+def test_logprobs_are_the_scorers_bits_and_match_float64(draw, score):
+    logits = torch.randn(4, 150, generator=torch.Generator().manual_seed(5)) * 3
+    out = draw(logits, temperature=0.7, top_k=20, top_p=0.9)
+    assert torch.equal(out.full_logprob, score(logits, out.token, 0.7).logprob)
+    truncated = torch.where(out.mask, logits, -INF)
+    assert torch.equal(out.logprob, score(truncated, out.token, 0.7).logprob)
+    truth = reference.sample(
+        logits, temperature=0.7, top_k=20, top_p=float(np.float32(0.9)), seed=torch.arange(4)
+    )
+    assert torch.equal(out.token, truth.token)
+    # float64 has τ = 0.7 and the kernel its float32, as the contract has it.
+    torch.testing.assert_close(out.logprob.double(), truth.logprob, atol=2e-6, rtol=0)
+    untouched = draw(logits, temperature=0.7)
+    assert torch.equal(untouched.logprob, untouched.full_logprob)
+
+
+def test_strided_rows_and_half_precision(draw):
+    buffer = torch.randn(4, 3, 200, generator=torch.Generator().manual_seed(6)).half()
+    view = buffer[:, -1, :100]
+    out, dense = draw(view, top_k=9), draw(view.float().contiguous(), top_k=9)
+    assert torch.equal(out.token, dense.token)
+    assert torch.equal(out.mask, dense.mask)
+
+
+def test_temperature_zero_is_argmax(draw):
+    logits = torch.randn(3, 150)
+    logits[0, 20] = logits[0, 90] = 9.0
+    out = draw(logits.half(), temperature=0.0, top_k=7, top_p=0.9, min_p=0.1)
+    assert out.token.tolist() == [20, *logits[1:].argmax(-1).tolist()]
+    assert out.logprob.tolist() == out.full_logprob.tolist() == [0.0] * 3
+    assert out.kept.tolist() == [1] * 3
+    assert (out.status == 0).all()
+
+
+def test_degenerate_rows(draw):
+    logits = torch.randn(7, 150)
+    logits[0, 5] = NAN
+    logits[1, [3, 77, 140]] = INF
+    logits[1, 4] = NAN
+    logits[2] = -INF
+    logits[3] = NAN
+    logits[4, [3, 77, 140]] = INF
+    logits[5, [140, 3]] = INF
+    out = draw(
+        logits,
+        top_k=torch.tensor([0, 0, 3, 3, 2, 0, 0]),
+        temperature=torch.tensor([1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 1.0]),
+        top_p=torch.tensor([1.0, 1.0, 0.5, 0.5, 1.0, 0.9, 1.0]),
+    )
+    NAN_, INF_, EMPTY = sample.NAN, sample.INF, sample.EMPTY
+    assert out.status.tolist() == [NAN_, NAN_ | INF_, EMPTY, NAN_ | EMPTY, INF_, INF_, 0]
+    assert out.kept.tolist() == [149, 3, 0, 0, 2, 1, 150]
+    assert not out.mask[0, 5]
+    assert out.mask[1].nonzero()[:, 0].tolist() == [3, 77, 140]
+    assert out.mask[4].nonzero()[:, 0].tolist() == [3, 77]
+    assert out.token[2:4].tolist() == [-1, -1]
+    assert out.token[5] == 3
+    assert out.logprob[2:4].isnan().all()
+    assert out.full_logprob[2:4].isnan().all()
+    third, half = math.log(1 / 3), math.log(1 / 2)
+    assert out.full_logprob[[1, 4, 5]].tolist() == pytest.approx([third, third, 0.0])
+    assert out.logprob[[1, 4, 5]].tolist() == pytest.approx([third, half, 0.0])
+    clean = torch.where(logits[:1].isnan(), -INF, logits[:1])
+    assert out.full_logprob[0] == draw(clean).full_logprob[0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": NAN},
+        {"temperature": INF},
+        {"top_p": -0.1},
+        {"top_p": 1.5},
+        {"top_p": NAN},
+        {"min_p": 1.1},
+        {"min_p": NAN},
+    ],
+    ids=str,
+)
+def test_a_bad_row_parameter_marks_its_row_alone(draw, bad):
+    name, value = next(iter(bad.items()))
+    good = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}[name]
+    logits = torch.randn(2, 20)
+    logits[0] = NAN  # not even read
+    out = draw(logits, **{name: torch.tensor([value, good])})
+    assert out.status.tolist() == [sample.INVALID, 0]
+    assert out.token[0] == -1
+    assert out.kept.tolist() == [0, 20]
+    assert out.logprob.isnan().tolist() == out.full_logprob.isnan().tolist() == [True, False]
+
+
+def test_negative_top_k_is_off(draw):
+    assert draw(torch.randn(1, 20), top_k=-5).kept.tolist() == [20]
+
+
+def test_a_full_support_buffer_overflows_by_row(draw):
+    logits = torch.randn(4, 100).half()
+    out = draw(logits, top_k=torch.tensor([3, 2, 4, 1]), capacity=6)
+    assert out.offsets.tolist() == [0, 3, 5, 9, 10]
+    assert out.status.tolist() == [0, 0, sample.OVERFLOW, sample.OVERFLOW]
+    assert out.ids[5] == -9
+    assert out.kept.tolist() == [3, 2, 4, 1]
+    assert out.mask.sum(-1).tolist() == [3, 2, 0, 0]
+
+
+def test_min_p_floor_is_compared_in_float64(draw):
+    # The floor m + τ·ln(min_p) lies between two float32 neighbours; the upper one is kept.
+    floor = 1.0 + math.log(float(np.float32(0.3)))
+    upper = (
+        np.float32(floor)
+        if float(np.float32(floor)) >= floor
+        else np.nextafter(np.float32(floor), np.float32(9))
+    )
+    lower = np.nextafter(upper, np.float32(-9))
+    logits = torch.full((1, 20), -5.0)
+    logits[0, 0], logits[0, 7], logits[0, 9] = 1.0, float(lower), float(upper)
+    assert draw(logits, min_p=0.3).mask.nonzero()[:, 1].tolist() == [0, 9]
