@@ -88,13 +88,26 @@ def callable_objective(h, tokens, old, adv, mask):
     return pyrlk.policy_loss(logits, tokens, old, adv, mask, objective=own, entropy_coef=0.1)
 
 
+def packed(h, tokens, old, adv, mask):
+    logits, cu = (h @ WEIGHT.t()).flatten(0, 1), torch.tensor([0, 3, tokens.numel()])
+
+    def own(logprobs, old, adv, mask):
+        return -(logprobs - old).exp() * adv
+
+    old, adv, mask = old.flatten(), adv[0, :2], mask.flatten()
+    return pyrlk.policy_loss(
+        logits, tokens.flatten(), old, adv, mask, objective=own, cu_seqlens=cu, normalizer=5.0,
+        correction=pyrlk.TIS("sequence"), rollout_logprobs=old - 0.1,
+    )  # fmt: skip
+
+
 def scorer(h, tokens, old, adv, mask):
     logprob, entropy = pyrlk.token_logprobs(h @ WEIGHT.t(), tokens, return_entropy=True)
     return (logprob * adv + entropy).sum()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [dropin, inplace, sequences, callable_objective, scorer])
+@pytest.mark.parametrize("step", [dropin, inplace, sequences, callable_objective, packed, scorer])
 def test_compiled_fullgraph_equals_eager_at_any_length_without_recompiling(step):
     torch._dynamo.reset()
     counters.clear()
