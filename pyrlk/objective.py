@@ -577,10 +577,9 @@ class Sequences:
         """[count] sums over each sequence, in a fixed order."""
         if self.cu_seqlens is None:
             return x.reshape(self.count, self.shape[-1]).sum(-1)
-        # Not differences of one running sum: an infinite sequence would reach all after it. Bounds
-        # out
-        # of order are refused on CPU and clamped where nothing may synchronise.
-        bounds = self.cu_seqlens.clamp(0, self.shape.numel()).cummax(0).values
+        # Not differences of one running sum: an infinite sequence would reach all after it.
+        # Bounds out of order are refused on CPU and clamped where nothing may synchronise.
+        bounds = self.cu_seqlens.clamp(0, math.prod(self.shape)).cummax(0).values
         wide = x.reshape(-1).double()
         return torch.segment_reduce(wide, "sum", offsets=bounds, initial=0, unsafe=True).to(x.dtype)
 
@@ -588,7 +587,7 @@ class Sequences:
         """[count] values to the tokens of their sequence, in the token shape."""
         if self.cu_seqlens is None:
             return x.reshape(*self.shape[:-1], 1).expand(self.shape)
-        positions = torch.arange(self.shape.numel(), device=x.device)
+        positions = torch.arange(math.prod(self.shape), device=x.device)
         index = torch.searchsorted(self.cu_seqlens[1:].to(torch.int64), positions, right=True)
         # Tokens beyond the last boundary belong to nothing; they read the last value and weigh 0.
         inside = positions < self.cu_seqlens[-1]

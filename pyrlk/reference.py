@@ -225,8 +225,11 @@ def sample(
 
 
 def _clean_logits(logits: Tensor) -> Tensor:
+    """NaN counts as −inf; +inf logits share the top equally, nothing else has mass beside them."""
     z = logits.detach().cpu().double()
-    return torch.where(z.isnan(), -math.inf, z)
+    z = torch.where(z.isnan(), -math.inf, z)
+    top = z == math.inf
+    return torch.where(top.any(-1, keepdim=True), torch.where(top, 0.0, -math.inf).to(z.dtype), z)
 
 
 def _row_values(x, rows: int) -> Tensor:
