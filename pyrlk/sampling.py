@@ -241,21 +241,20 @@ def _run_cpu(logits, tau, k, p, least, seeds, positions, joint, support):
     return out
 
 
-def _run_cuda(logits, tau, k, p, least, seeds, positions, joint):
+def _run_cuda(logits, tau, k, p, least, seeds, positions, joint, bounds=None):
     from .triton_kernels import sample as kernels
 
     out = _outputs(logits)
-    rows = logits.reshape(-1, logits.shape[-1])
-    cut = kernels.sample_fwd(rows, tau, k, p, least, seeds, positions, joint, *out)
-    return out, cut
+    kernels.sample_fwd(logits, tau, k, p, least, seeds, positions, joint, *out, bounds)
+    return out
 
 
 def _sample_fake(logits, tau, k, p, least, seeds, positions, joint):
     return _outputs(logits)
 
 
-def _sample_cuda(*arguments):
-    return _run_cuda(*arguments)[0]
+def _sample_cuda(logits, tau, k, p, least, seeds, positions, joint):
+    return _run_cuda(logits, tau, k, p, least, seeds, positions, joint)
 
 
 @_op.op("sample", fake=_sample_fake, cuda=_sample_cuda)
@@ -283,14 +282,15 @@ def _sample_support_fake(logits, tau, k, p, least, seeds, positions, joint, capa
     )
 
 
-def _sample_support_cuda(logits, *rest):
+def _sample_support_cuda(logits, tau, k, p, least, seeds, positions, joint, capacity):
     from .triton_kernels import sample as kernels
 
-    *arguments, capacity = rest
-    out, cut = _run_cuda(logits, *arguments)
+    count = logits.shape[:-1].numel()
+    bounds = logits.new_empty((count, 2), dtype=torch.int64)
+    out = _run_cuda(logits, tau, k, p, least, seeds, positions, joint, bounds)
     ids = logits.new_empty(capacity, dtype=torch.int32)
-    rows = logits.reshape(-1, logits.shape[-1])
-    offsets = kernels.support_fwd(rows, cut, out[3], out[4], ids)
+    offsets = logits.new_empty(count + 1, dtype=torch.int64)
+    kernels.support_fwd(logits, bounds, out[3], out[4], ids, offsets)
     return *out, ids, offsets
 
 
