@@ -69,6 +69,7 @@ def build(path: str | None, seed: int, device: str) -> tuple[nn.Module, Codec]:
             num_key_value_heads=2,
             head_dim=32,
             max_position_embeddings=64,
+            initializer_range=0.05,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=codec.end,
