@@ -27,7 +27,9 @@ int64_t policy_loss(const PolicyLossArgs& a, int threads) {
         const RowStats s = row.stats(temperature, with_entropy);
         lp = log_prob(s, row.at_action(), temperature);
         const double old = get(a.old_logprobs, t, wide, lp);
-        token = token_loss(lp, old, get(a.advantages, t, wide, 0.0),
+        // A token scored twice has the ratio 1, not 1 give or take the rounding of `old`.
+        const bool same = old == lp || (!wide && old == double(float(lp)));
+        token = token_loss(lp, same ? 0.0 : lp - old, get(a.advantages, t, wide, 0.0),
                            get(a.ref_logprobs, t, wide, 0.0), a.terms);
         if (with_entropy) {
           h = entropy(s);
