@@ -199,8 +199,9 @@ class Batch:
 
 def _sequences_of(batch: Batch) -> Sequences:
     if batch.sequences is None:
-        raise
-        ValueError("cu_seqlens is needed: the objective is over sequences, the tokens are flat")
+        raise ValueError(
+            "cu_seqlens is needed: the objective is over sequences, the tokens are flat"
+        )
     return batch.sequences
 
 
@@ -423,8 +424,13 @@ class KLCov(Objective):
 
 
 def _ratio(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """exp(log_ratio), and 1 where A = 0: there the policy term is 0, whatever the ratio is."""
-    return torch.exp(torch.where(advantages != 0, log_ratio, 0.0))
+    """exp(log_ratio), and 1 where A = 0: there the policy term is 0, whatever the ratio is.
+
+    A ratio that overflows is an infinite constant: a clipped term has slope 0 there, not 0·∞.
+    """
+    x = torch.where(advantages != 0, log_ratio, 0.0)
+    over = x > math.log(torch.finfo(x.dtype).max)
+    return torch.where(over, math.inf, torch.exp(torch.where(over, 0.0, x)))
 
 
 def surrogate(

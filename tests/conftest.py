@@ -123,7 +123,7 @@ def judge(logits, tokens, old, adv, mask=None, *, temperature=1.0, vocab_size=No
     again = reference.policy_loss_from_logprobs(lp, old, adv, weight, entropy=ent, **options)
     g, h = torch.autograd.grad(again, (lp, ent), allow_unused=True, materialize_grads=True)
     scale = _scale_of(lp.detach(), ent.detach(), old, adv, weight, options)
-    return Judged(loss.detach(), grad, g, h, scale)
+    return Judged(loss.detach(), grad, g, h, max(scale, abs(loss.item())))
 
 
 def ulps(x: Tensor, y: Tensor) -> Tensor:
