@@ -264,11 +264,17 @@ def _options(
             raise ValueError("rollout_logprobs is needed where correction is given")
         if correction.level == "sequence" and seqs is None:
             raise ValueError("cu_seqlens is needed: correction is per sequence and tokens are flat")
-    if isinstance(objective, Objective) and objective.aggregation != "token" and seqs is None:
-        raise ValueError(
-            f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
-            f"({objective.aggregation!r}) and the tokens are flat"
-        )
+    if isinstance(objective, Objective) and seqs is None:
+        if objective.aggregation != "token":
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
+                f"({objective.aggregation!r}) and the tokens are flat"
+            )
+        if objective.over_sequences:
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} has a term over each sequence "
+                "and the tokens are flat"
+            )
     if isinstance(normalizer, Tensor):
         if _check.like("normalizer", normalizer, z, name).dim() != 0:
             raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")

@@ -72,6 +72,8 @@ class Objective:
     # One launch computes ℓ and its gradient from the row alone. Otherwise `policy_term` does, on
     # log-probs, between the statistics kernel and the gradient kernel.
     fused: ClassVar[bool] = False
+    # The policy term itself spans a sequence, whatever the aggregation is.
+    over_sequences: ClassVar[bool] = False
 
     def policy_term(self, batch: Batch) -> Tensor:
         """ℓ of each token, differentiable in ``batch.logprobs``; the correction is applied in
@@ -199,8 +201,7 @@ class Batch:
 
 def _sequences_of(batch: Batch) -> Sequences:
     if batch.sequences is None:
-        raise
-        ValueError("cu_seqlens is needed: the objective is over sequences, the tokens are flat")
+        raise ValueError("cu_seqlens is needed: the objective is over sequences, tokens are flat")
     return batch.sequences
 
 
@@ -290,6 +291,8 @@ class GSPO(Objective):
     same value, and the gradient of each token's own term only.
     """
 
+    over_sequences: ClassVar[bool] = True
+
     eps_low: float = 3e-4
     eps_high: float = 4e-4
     token_level: bool = False
@@ -306,6 +309,8 @@ class GSPO(Objective):
 @dataclasses.dataclass(frozen=True)
 class LUSPO(Objective):
     """GSPO's sequence surrogate, summed over the tokens of a sequence (as in TRL)."""
+
+    over_sequences: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -327,6 +332,8 @@ class GMPO(Objective):
     x_t = log r_t, clipped to [−eps_low, eps_high] on the side that A favours; Ā is the sequence's
     mean advantage. A correction enters as its geometric mean over the sequence.
     """
+
+    over_sequences: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -351,6 +358,8 @@ class VESPO(Objective):
     (k, λ) are (k_pos, lambda_pos) for A ≥ 0, else (k_neg, lambda_neg). A correction multiplies w,
     not the loss. As in TRL, log-ratios are clamped to ±20 a token and log w to [log 1e-8, 20].
     """
+
+    over_sequences: ClassVar[bool] = True
 
     k_pos: float = 2.0
     lambda_pos: float = 3.0
