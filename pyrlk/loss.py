@@ -719,7 +719,8 @@ def policy_loss_from_logprobs(
     else:
         behaviour = logprobs.detach() if old is None else old
         if isinstance(objective, Objective):
-            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor)
+            level = "token" if correction is None else correction.level
+            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor, level)
             own = objective.policy_term(batch)
         else:
             own = _called(objective, logprobs, behaviour, policy_advantages, m)
@@ -743,6 +744,11 @@ def _called(objective: Callable, *arguments: Tensor) -> Tensor:
             f"objective must return per-token losses {list(shape)} or a 0-d loss, got "
             f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
         )
+    z = arguments[0]
+    if loss.device != z.device:
+        raise ValueError(f"objective must return a loss on {z.device}, got one on {loss.device}")
+    if not loss.is_floating_point():
+        raise TypeError(f"objective must return a float loss, got {loss.dtype}")
     return loss
 
 
