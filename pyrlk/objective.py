@@ -188,7 +188,7 @@ class Batch:
     mask: Tensor
     sequences: Sequences | None
     correction: Tensor | None = None
-    correction_level: Literal["token", "sequence"] = "token"
+    correction_level: str = "token"
 
     @property
     def log_ratio(self) -> Tensor:
