@@ -275,11 +275,17 @@ def _options(
             raise ValueError("rollout_logprobs is needed where correction is given")
         if correction.level == "sequence" and seqs is None:
             raise ValueError("cu_seqlens is needed: correction is per sequence and tokens are flat")
-    if isinstance(objective, Objective) and objective.aggregation != "token" and seqs is None:
-        raise ValueError(
-            f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
-            f"({objective.aggregation!r}) and the tokens are flat"
-        )
+    if isinstance(objective, Objective) and seqs is None:
+        if objective.aggregation != "token":
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
+                f"({objective.aggregation!r}) and the tokens are flat"
+            )
+        if objective.over_sequences:
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} has a term over each sequence "
+                "and the tokens are flat"
+            )
     if isinstance(normalizer, Tensor):
         if _check.like("normalizer", normalizer, z, name).dim() != 0:
             raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")
@@ -738,7 +744,8 @@ def policy_loss_from_logprobs(
     else:
         behaviour = logprobs.detach() if old is None else old
         if isinstance(objective, Objective):
-            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor)
+            level = "token" if correction is None else correction.level
+            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor, level)
             own = objective.policy_term(batch)
         else:
             own = _called(objective, logprobs, behaviour, policy_advantages, m)
@@ -762,6 +769,11 @@ def _called(objective: Callable, *arguments: Tensor) -> Tensor:
             f"objective must return per-token losses {list(shape)} or a 0-d loss, got "
             f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
         )
+    z = arguments[0]
+    if loss.device != z.device:
+        raise ValueError(f"objective must return a loss on {z.device}, got one on {loss.device}")
+    if not loss.is_floating_point():
+        raise TypeError(f"objective must return a float loss, got {loss.dtype}")
     return loss
 
 

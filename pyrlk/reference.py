@@ -143,7 +143,8 @@ def policy_loss_from_logprobs(
         scaled = advantages if factor is None else advantages * factor
         per_token = _objective.token_loss(logprobs, old, scaled, ref, entropy, flat)
     else:
-        batch = _objective.Batch(logprobs, behaviour, advantages, mask, seqs, factor)
+        level = "token" if correction is None else correction.level
+        batch = _objective.Batch(logprobs, behaviour, advantages, mask, seqs, factor, level)
         none = torch.zeros_like(advantages)
         per_token = objective.policy_term(batch) + _objective.token_loss(
             logprobs, old, none, ref, entropy, flat
