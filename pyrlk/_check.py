@@ -138,8 +138,8 @@ def shaped(name: str, x: Tensor, shape) -> Tensor:
     return x
 
 
-def tokens(x, z: Tensor, shape) -> Tensor:
-    x = like("tokens", x, z)
+def tokens(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
+    x = like("tokens", x, z, other_name)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
     return shaped("tokens", x, shape)
@@ -165,10 +165,10 @@ def mask(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
     return shaped("mask", x, shape)
 
 
-def temperature(x, z: Tensor, shape) -> tuple[float, Tensor | None]:
+def temperature(x, z: Tensor, shape, other_name="logits") -> tuple[float, Tensor | None]:
     """(number, per-token tensor or None); τ > 0."""
     if isinstance(x, Tensor):
-        return 1.0, floating("temperature", x, z, shape)
+        return 1.0, floating("temperature", x, z, shape, other_name)
     value = number("temperature", x, 0.0, above=True)
     return value if z.dtype == torch.float64 else float32_number("temperature", value), None
 
