@@ -73,7 +73,7 @@ def flag(name: str, x) -> bool:
     return x
 
 
-def logits(x, name: str = "logits") -> Tensor:
+def logits(x, name: str = "logits", width: str = "V") -> Tensor:
     """Logits [..., V] with V ≥ 1, last stride 1, and rows that two strides address."""
     x = tensor(name, x)
     allowed = (*LOGITS_DTYPES, torch.float64) if x.device.type == "cpu" else LOGITS_DTYPES
@@ -81,7 +81,9 @@ def logits(x, name: str = "logits") -> Tensor:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be {wanted} on {x.device.type}, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"{name} must have shape [..., V] with V ≥ 1, got {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape [..., {width}] with {width} ≥ 1, got {list(x.shape)}"
+        )
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} must have stride 1 in its last dimension, got strides {list(x.stride())}; "
@@ -173,12 +175,12 @@ def temperature(x, z: Tensor, shape, other_name="logits") -> tuple[float, Tensor
     return value if z.dtype == torch.float64 else float32_number("temperature", value), None
 
 
-def vocab_size(x, z: Tensor) -> int:
+def vocab_size(x, z: Tensor, dim: int = -1) -> int:
     if x is None:
-        return z.shape[-1]
+        return z.shape[dim]
     x = integer("vocab_size", x)
-    if not 1 <= x <= z.shape[-1]:
-        raise ValueError(f"vocab_size must lie in [1, {z.shape[-1]}], got {x}")
+    if not 1 <= x <= z.shape[dim]:
+        raise ValueError(f"vocab_size must lie in [1, {z.shape[dim]}], got {x}")
     return x
 
 
