@@ -274,7 +274,8 @@ class _Head:
 
         self.x = rows(self.hidden.shape[1], self.dtype)
         self.z = rows(vocab, z_dtype)
-        self.dhidden = self.dweight = self.dbias = hidden.new_empty(0)
+        # Distinct empty tensors: the results of an op may not share memory.
+        self.dhidden, self.dweight, self.dbias = (hidden.new_empty(0) for _ in range(3))
         self.wants = wants
         self.dz = self.z if softcap == 0 or not any(wants) else rows(vocab, z_dtype)
         if wants[0]:
@@ -438,11 +439,9 @@ def _plain(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _spread(x: Tensor | None, index: Tensor | None, count: int) -> Tensor | None:
+def _spread(x: Tensor, index: Tensor | None, count: int) -> Tensor:
     """Results of the kept rows at their places, 0 elsewhere."""
-    if x is None or index is None:
-        return x
-    return x.new_zeros(count).index_copy_(0, index, x)
+    return x if index is None else x.new_zeros(count).index_copy_(0, index, x)
 
 
 def _check_tokens(tokens: Tensor, counted: Tensor, vocab: int) -> None:
@@ -485,7 +484,11 @@ def _fused(rows: Callable):
                 z = head.logits(part)
                 rows(z, kept.take(part), temperature, vocab, out.take(part), head.slopes(part))
                 head.backward(part)
-            full = loss._PerToken(*(_spread(x, head.index, count) for x in out))
+            full = loss._PerToken(
+                _spread(out.loss, head.index, count),
+                _spread(out.logprob, head.index, count),
+                None if out.entropy is None else _spread(out.entropy, head.index, count),
+            )
             value, stats = loss._finish(plan, full, want_stats)
             return value, stats, head.dhidden.view(_shape(hidden, wants)), head.dweight, head.dbias
 
@@ -616,11 +619,10 @@ def _score(statistics: Callable):
                 statistics(
                     z, ids[part], temperature, _take(tau, part), vocab, lp[part], at, stats[part]
                 )
-            shape = tokens.shape
-            lp, h = (_spread(x, head.index, shape.numel()) for x in (lp, h))
-            return lp.view(shape), hidden.new_empty(0, dtype=lp.dtype) if h is None else h.view(
-                shape
-            )
+            lp = _spread(lp, head.index, tokens.numel()).view(tokens.shape)
+            if h is None:
+                return lp, lp.new_empty(0)
+            return lp, _spread(h, head.index, tokens.numel()).view(tokens.shape)
 
     return linear_token_logprobs_op
 

@@ -125,8 +125,8 @@ def _forward(statistics: Callable):
         if logits.device.type == "cpu":
             _check.temperature_values(temperatures, tokens != -100)
         tau, ids = _op.flat(temperatures, stats.dtype), _op.flat(tokens, torch.int64)
-        entropy = entropy if with_entropy else None
-        statistics(logits, ids, temperature, tau, vocab, logprob, entropy, stats)
+        wanted = entropy if with_entropy else None
+        statistics(logits, ids, temperature, tau, vocab, logprob, wanted, stats)
         return out
 
     return token_logprobs_op
