@@ -589,7 +589,7 @@ def _megatron(weight: Tensor) -> Tensor | None:
 def _hand_over(grads, needed, megatron: Tensor | None, dtype: torch.dtype):
     """Gradients as autograd wants them; ∂weight goes into main_grad instead where there is one."""
     dhidden, dweight, dbias = grads
-    to_weight = dweight.to(dtype) if needed[1] and megatron is None else None
+    to_weight = _rounded(dweight, dtype) if needed[1] and megatron is None else None
     if needed[1] and megatron is not None:
         main: Any = megatron
         main.main_grad.add_(dweight)
@@ -598,6 +598,10 @@ def _hand_over(grads, needed, megatron: Tensor | None, dtype: torch.dtype):
             main.grad_added_to_main_grad = True
             to_weight = torch.zeros_like(main)
     return dhidden if needed[0] else None, to_weight, dbias.to(dtype) if needed[2] else None
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else _op.empty(x.shape, dtype, x.device).copy_(x)
 
 
 def _score(statistics: Callable):
