@@ -8,6 +8,7 @@ Forward reads the logits once and keeps 4 floats a token; backward reads once an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,25 +82,84 @@ def _forward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab
     return _outputs(logits, with_entropy)
 
 
-def _forward_cuda(logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy):
+WHOLE = (None, None)  # the kept set (ids, offsets) of a distribution over the whole vocabulary
+
+
+def statistics_cpu(
+    logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
+) -> None:
+    """Fills logprob, entropy (unless None) and stats [T, 4]; all flat, of the compute dtype."""
+    _support.check_values(*kept, vocab)
+    bad = _C.token_logprobs(
+        _op.rows(logits, vocab),
+        actions.data_ptr(),
+        (_op.address(kept[0]), _op.address(kept[1])),
+        (temperature, _op.address(temperatures)),
+        logprob.data_ptr(),
+        _op.address(entropy),
+        stats.data_ptr(),
+        _op.threads(),
+    )
+    _check.bad_token(bad, actions, vocab)
+
+
+def statistics_cuda(
+    logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
+) -> None:
     from .triton_kernels import logprob as kernels
 
-    _support.check_cuda(ids)
-    out = _outputs(logits, with_entropy)
-    if out[0].numel():
+    _support.check_cuda(kept[0])
+    if actions.numel():
+        tau = temperature if temperatures is None else temperatures
         kernels.token_logprobs_fwd(
-            logits,
-            _op.flat(tokens, torch.int64),
-            temperature if temperatures is None else _op.flat(temperatures, torch.float32),
-            vocab,
-            out[0].view(-1),
-            out[1] if with_entropy else None,
-            out[2].view(-1, 4),
+            logits, actions, tau, vocab, logprob.view(-1), entropy, stats.view(-1, 4)
         )
-    return out
 
 
-@_op.op("token_logprobs", fake=_forward_fake, cuda=_forward_cuda)
+def gradient_cpu(
+    logits, actions, kept, temperature, temperatures, vocab, stats, g, h, grad
+) -> None:
+    """Fills grad, which may be logits, from the statistics and the slopes (None is 0)."""
+    _C.token_logprobs_backward(
+        _op.rows(logits, vocab),
+        actions.data_ptr(),
+        (_op.address(kept[0]), _op.address(kept[1])),
+        (temperature, _op.address(temperatures)),
+        stats.data_ptr(),
+        _op.address(g),
+        _op.address(h),
+        _op.rows(grad, vocab),
+        _op.threads(),
+    )
+
+
+def gradient_cuda(
+    logits, actions, kept, temperature, temperatures, vocab, stats, g, h, grad
+) -> None:
+    from .triton_kernels import logprob as kernels
+
+    _support.check_cuda(kept[0])
+    if actions.numel():
+        tau = temperature if temperatures is None else temperatures
+        kernels.token_logprobs_bwd(logits, actions, tau, vocab, stats.view(-1, 4), g, h, grad)
+
+
+def _forward(statistics: Callable):
+    def token_logprobs_op(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy
+    ):
+        out = logprob, entropy, stats = _outputs(logits, with_entropy)
+        if logits.device.type == "cpu":
+            _check.temperature_values(temperatures, tokens != -100)
+        tau, actions = _op.flat(temperatures, stats.dtype), _op.flat(tokens, torch.int64)
+        wanted, kept = entropy if with_entropy else None, (ids, offsets)
+        statistics(logits, actions, kept, temperature, tau, vocab, logprob, wanted, stats)
+        return out
+
+    return token_logprobs_op
+
+
+@_op.op("token_logprobs", fake=_forward_fake, cuda=_forward(statistics_cuda))
 def _token_logprobs(
     logits: Tensor,
     tokens: Tensor,
@@ -111,48 +171,29 @@ def _token_logprobs(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob, entropy or empty, row statistics (m, S, E, z_a))."""
-    logprob, entropy, stats = _outputs(logits, with_entropy)
-    actions = _op.flat(tokens, torch.int64)
-    _check.temperature_values(temperatures, tokens != -100)
-    _support.check_values(ids, offsets, vocab)
-    tau = _op.flat(temperatures, logprob.dtype)
-    bad = _C.token_logprobs(
-        _op.rows(logits, vocab),
-        actions.data_ptr(),
-        (_op.address(ids), _op.address(offsets)),
-        (temperature, _op.address(tau)),
-        logprob.data_ptr(),
-        entropy.data_ptr() if with_entropy else 0,
-        stats.data_ptr(),
-        _op.threads(),
+    return _forward(statistics_cpu)(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy
     )
-    _check.bad_token(bad, actions, vocab)
-    return logprob, entropy, stats
 
 
 def _backward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _backward_cuda(logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h):
-    from .triton_kernels import logprob as kernels
+def _backward_by(gradient: Callable):
+    def token_logprobs_backward_op(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h
+    ):
+        grad = _op.empty_gradient(logits)
+        g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
+        actions, kept = _op.flat(tokens, torch.int64), (ids, offsets)
+        gradient(logits, actions, kept, temperature, tau, vocab, stats, g, h, grad)
+        return grad
 
-    grad = _op.empty_gradient(logits)
-    if tokens.numel():
-        kernels.token_logprobs_bwd(
-            logits,
-            _op.flat(tokens, torch.int64),
-            temperature if temperatures is None else _op.flat(temperatures, torch.float32),
-            vocab,
-            stats.view(-1, 4),
-            _op.flat(g, torch.float32),
-            _op.flat(h, torch.float32),
-            grad,
-        )
-    return grad
+    return token_logprobs_backward_op
 
 
-@_op.op("token_logprobs_backward", fake=_backward_fake, cuda=_backward_cuda)
+@_op.op("token_logprobs_backward", fake=_backward_fake, cuda=_backward_by(gradient_cuda))
 def _token_logprobs_backward(
     logits: Tensor,
     tokens: Tensor,
@@ -166,21 +207,9 @@ def _token_logprobs_backward(
     h: Tensor | None,
 ) -> Tensor:
     """∂ℓ/∂logits from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H."""
-    grad = _op.empty_gradient(logits)
-    actions = _op.flat(tokens, torch.int64)
-    g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
-    _C.token_logprobs_backward(
-        _op.rows(logits, vocab),
-        actions.data_ptr(),
-        (_op.address(ids), _op.address(offsets)),
-        (temperature, _op.address(tau)),
-        stats.data_ptr(),
-        _op.address(g),
-        _op.address(h),
-        _op.rows(grad, vocab),
-        _op.threads(),
+    return _backward_by(gradient_cpu)(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h
     )
-    return grad
 
 
 def _setup(ctx, inputs, output):

@@ -97,6 +97,31 @@ def policy_loss(
     )
 
 
+def linear_logits(hidden, weight, *, bias=None, softcap=None):
+    """hidden @ weightᵀ (+ bias), then softcap·tanh(z / softcap)."""
+    z = hidden @ weight.mT
+    z = z if bias is None else z + bias
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_token_logprobs(hidden, weight, tokens, *, bias=None, softcap=None, **options):
+    """`token_logprobs` of `linear_logits`; rows of token −100 are not looked at."""
+    hidden = torch.where((tokens != -100)[..., None], hidden, 0.0)
+    z = linear_logits(hidden, weight, bias=bias, softcap=softcap)
+    return token_logprobs(z, tokens, **options)
+
+
+def linear_policy_loss(
+    hidden, weight, tokens, old_logprobs, advantages, mask=None, *, bias=None, softcap=None,
+    **options,
+):  # fmt: skip
+    """`policy_loss` of `linear_logits`; masked rows are not looked at."""
+    counted = tokens != -100 if mask is None else (tokens != -100) & (mask != 0)
+    hidden = torch.where(counted[..., None], hidden, 0.0)
+    z = linear_logits(hidden, weight, bias=bias, softcap=softcap)
+    return policy_loss(z, tokens, old_logprobs, advantages, mask, **options)
+
+
 def policy_loss_from_logprobs(
     logprobs,
     old_logprobs,
