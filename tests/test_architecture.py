@@ -1,4 +1,4 @@
-"""The arrows of the package: who may import whom, what a wheel holds, what the CUDA path may not do."""
+"""The arrows of the package: who may import whom, what a wheel holds, what CUDA may not do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bits: the same whatever instruction set runs, whatever rows stand beside, however many threads."""
+"""Bits: the same on any instruction set, beside any other rows, with any number of threads."""
 
 from __future__ import annotations
 
