@@ -1,7 +1,7 @@
 """pyrlk equals verl 0.9: its policy losses in our own words, and its own functions where installed.
 
 Each case runs twice: against the formula below (the ordinary suite) and, marked `peers`, against
-verl.trainer.ppo.core_algos. A formula is a loss per token of (logp, old, A, mask); then `aggregate`.
+verl.trainer.ppo.core_algos. A formula is the loss of a token; `aggregate` makes one number of it.
 """
 
 from __future__ import annotations
