@@ -284,6 +284,21 @@ def test_without_empty_rows_no_normaliser_is_needed(batch, compare, name):
     assert compare(got, theirs(d, inputs=inputs, **options | whole)) <= BOUND
 
 
+@pytest.mark.parametrize("name", ["dapo", "cispo", "vespo"])
+def test_normaliser_of_an_accumulation_window(batch, compare, name):
+    """Micro-batches of unequal length, one process, a window that is the generation batch."""
+    parts = [batch(seed) for seed in (3, 4)]
+    parts[1] = parts[1]._replace(mask=parts[1].mask * (torch.arange(9) < 3))
+    options, objective, _ = of(name, parts[0])
+    mask = torch.cat([d.mask for d in parts])
+    whole = {"current_gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    inputs = {"num_items_in_batch": mask.sum() * PROCESSES}
+    normalizer = pyrlk.normalizer(mask, objective)
+    for d in parts:
+        got = ours(d, objective, normalizer=normalizer)
+        assert compare(got, theirs(d, inputs=inputs, **options | whole)) <= BOUND
+
+
 def test_entropy_bonus_of_token_means(batch, compare):
     """bnpo and TRL's bonus are both means over the tokens; gradient by the entropies too."""
     d = batch()
@@ -442,6 +457,13 @@ def test_deviation_parameters_keep_the_precision_of_the_tensors(batch, compare):
     got = ours(d, SAPO(1.0, rounded), normalizer=rows(d))
     expected = theirs(d, loss_type="sapo", sapo_temperature_neg=1.05)
     assert compare(got, expected) <= BOUND
+
+    odd = (1.9, 2.9, 3.1, 2.1)
+    names = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+    expected = theirs(d, loss_type="vespo", **dict(zip(names, odd, strict=True)))
+    assert BOUND < compare(ours(d, VESPO(*odd), normalizer=window(d)), expected) < 1e-5
+    rounded = torch.tensor(odd, dtype=torch.float32).tolist()
+    assert compare(ours(d, VESPO(*rounded), normalizer=window(d)), expected) <= BOUND
 
 
 def test_deviation_vespo_lambda_has_no_floor(batch, compare):

@@ -1,7 +1,7 @@
 """pyrlk equals verl 0.9: its policy losses in our own words, and its own functions where installed.
 
 Each case runs twice: against the formula below (the ordinary suite) and, marked `peers`, against
-verl.trainer.ppo.core_algos. A formula is a loss per token of (logp, old, A, mask); then `aggregate`.
+verl.trainer.ppo.core_algos. A formula is the loss of a token; `aggregate` makes one number of it.
 """
 
 from __future__ import annotations
@@ -533,3 +533,19 @@ def test_deviation_kl_cov_ties_go_to_the_first(batch):
     some = ours(d, KLCov(share=0.1, kl_coef=1.0))[1]
     changed = (some != none).flatten().nonzero().flatten()
     assert changed.tolist() == list(range(int(0.1 * d.mask.numel())))
+
+
+def test_shares_are_counted_in_double():
+    """0.29 of 100 tokens is 28 to Python, and would be 29 in float32."""
+    torch.manual_seed(0)
+    logprobs = torch.randn(100).requires_grad_()
+    grads = []
+    for coef in (0.0, 1.0):
+        loss = pyrlk.policy_loss_from_logprobs(
+            logprobs,
+            logprobs.detach() - 0.1,
+            torch.linspace(-1, 1, 100),
+            objective=KLCov(share=0.29, kl_coef=coef),
+        )
+        grads.append(torch.autograd.grad(loss, logprobs)[0])
+    assert (grads[0] != grads[1]).sum() == int(0.29 * 100) == 28
