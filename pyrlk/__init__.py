@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "sample": "sampling",
     "Sample": "sampling",
-    "Support": "sampling",
+    "Support": "support",
     "token_logprobs": "logprob",
     "linear_token_logprobs": "linear",
     "dapo_loss": "loss",
@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from .objective import DrGRPO as DrGRPO
     from .objective import KLCov as KLCov
     from .sampling import Sample as Sample
-    from .sampling import Support as Support
     from .sampling import sample as sample
+    from .support import Support as Support
 
 
 def __getattr__(name: str):

@@ -119,12 +119,16 @@ def row_layout(x: Tensor, name: str = "logits") -> tuple[int, int, int, int]:
 
 
 def disjoint_rows(x: Tensor, message: str) -> None:
-    """Refuses to write where two elements share memory: expanded or overlapping rows."""
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            raise ValueError(f"{message} (strides {list(x.stride())}); use .clone()")
-        reach += (size - 1) * stride
+    """Refuses to write where two rows share memory: expanded or overlapping ones."""
+    rows, inner, far, near = row_layout(x)
+    if rows == 0:
+        return
+    outer, width = rows // inner, x.shape[-1]
+    apart = inner == 1 or near >= width
+    nested = far >= (inner - 1) * near + width
+    crossed = far >= width and near >= (outer - 1) * far + width
+    if not (apart and (outer == 1 or nested or crossed)):
+        raise ValueError(f"{message} (strides {list(x.stride())}); use .clone()")
 
 
 def like(name: str, x, other: Tensor, other_name: str = "logits") -> Tensor:
@@ -251,4 +255,6 @@ def normalizer_value(x: Tensor | None) -> None:
 def bad_token(at: int, tokens: Tensor, vocab: int) -> None:
     """Turns a kernel's answer (first bad index, or −1) into an error."""
     if at >= 0:
-        raise ValueError(f"tokens[{at}] = {tokens.reshape(-1)[at].item()} is outside [0, {vocab})")
+        token = int(tokens.reshape(-1)[at])
+        where = "its support" if 0 <= token < vocab else f"[0, {vocab})"
+        raise ValueError(f"tokens[{at}] = {token} is outside {where}")

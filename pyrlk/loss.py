@@ -18,8 +18,10 @@ from torch import Tensor
 
 from . import _C, _check, _op
 from . import objective as _objective
+from . import support as _support
 from .logprob import token_logprobs
 from .objective import AGGREGATIONS, DAPO, KL_KINDS, REINFORCE, TIS, Objective, Sequences, Terms
+from .support import Support
 
 
 class PolicyStats(NamedTuple):
@@ -94,6 +96,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     rollout_logprobs: Tensor | None = None,
     correction: TIS | None = None,
+    support: Support | None = None,
     vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -125,6 +128,8 @@ def policy_loss(
     rollout_logprobs, correction
         The engine's own log-probs, and TIS(...): w = exp(old − rollout), truncated, detached,
         multiplies the policy term.
+    support : Support, optional
+        The kept set of each token: the policy is over it alone, the gradient outside it is 0.
     vocab_size : int, optional
         Columns from there on are padding: not read, gradient 0.
     cu_seqlens : [sequences + 1] int32 or int64, optional
@@ -169,6 +174,7 @@ def policy_loss(
     )
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
+    kept = _support.check(support, z, shape)
     _check.flag("return_stats", return_stats)
     if _check.flag("inplace", inplace):
         _check_inplace(z)
@@ -176,7 +182,12 @@ def policy_loss(
     if not _one_launch(objective, correction, old_logprobs):
         return _two_launches(
             lambda keep: token_logprobs(
-                z, keep, temperature=temperature, vocab_size=vocab, return_entropy=True
+                z,
+                keep,
+                temperature=temperature,
+                support=support,
+                vocab_size=vocab,
+                return_entropy=True,
             ),
             tokens,
             mask,
@@ -200,7 +211,7 @@ def policy_loss(
         objective, correction, KL_KINDS.index(kl), kl_coef, kl_importance, entropy_coef
     )
     integers += [int(return_stats)]
-    arguments = (tokens, *options, per_token, number, vocab, integers, numbers)
+    arguments = (tokens, *kept, *options, per_token, number, vocab, integers, numbers)
     plain = z.detach()
     if inplace and wants_grad:
         loss, stats = _policy_loss_(plain, *arguments)
@@ -278,11 +289,17 @@ def _options(
             raise ValueError("rollout_logprobs is needed where correction is given")
         if correction.level == "sequence" and seqs is None:
             raise ValueError("cu_seqlens is needed: correction is per sequence and tokens are flat")
-    if isinstance(objective, Objective) and objective.aggregation != "token" and seqs is None:
-        raise ValueError(
-            f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
-            f"({objective.aggregation!r}) and the tokens are flat"
-        )
+    if isinstance(objective, Objective) and seqs is None:
+        if objective.aggregation != "token":
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
+                f"({objective.aggregation!r}) and the tokens are flat"
+            )
+        if objective.over_sequences:
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} has a term over each sequence "
+                "and the tokens are flat"
+            )
     if isinstance(normalizer, Tensor):
         if _check.like("normalizer", normalizer, z, name).dim() != 0:
             raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")
@@ -338,6 +355,8 @@ class _Plan(NamedTuple):
 
     terms: Terms
     tokens: Tensor
+    ids: Tensor | None
+    offsets: Tensor | None
     old: Tensor | None
     advantages: Tensor
     weight: Tensor
@@ -363,8 +382,9 @@ class _Plan(NamedTuple):
 
 
 def _prepare(
-    logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures, ints, numbers
-) -> _Plan:
+    logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
+    vocab, ints, numbers,
+) -> _Plan:  # fmt: skip
     clipped, aggregation, kl, kl_importance, level, masked_mode, _ = ints
     eps_low, eps_high, dual_clip, delta, kl_coef, entropy_coef, max_length, max_ratio = numbers
     t = Terms(
@@ -387,6 +407,7 @@ def _prepare(
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(normalizer)
         _check.temperature_values(temperatures, counted)
+        _support.check_values(ids, offsets, vocab)
     m = counted.to(dtype) if mask is None else torch.where(counted, mask.to(dtype), 0)
     seqs = _objective.sequences(shape, cu)
     rule = _objective.Weighting(AGGREGATIONS[aggregation], max_length)
@@ -401,6 +422,8 @@ def _prepare(
     return _Plan(
         t,
         _op.flat(tokens, torch.int64),
+        ids,
+        offsets,
         _op.flat(old, dtype),
         _op.flat(spread, dtype),
         _op.flat(weight, dtype),
@@ -488,6 +511,7 @@ def _rows_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: 
     bad = _C.policy_loss(
         _op.rows(logits, vocab),
         plan.tokens.data_ptr(),
+        (_op.address(plan.ids), _op.address(plan.offsets)),
         _op.address(plan.old),
         plan.advantages.data_ptr(),
         plan.weight.data_ptr(),
@@ -516,6 +540,7 @@ def _rows_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: 
 def _rows_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: _PerToken, grad):
     from .triton_kernels import policy_loss as kernels
 
+    _support.check_cuda(plan.ids)
     if plan.tokens.numel():
         kernels.policy_loss_fwd(
             logits,
@@ -547,12 +572,12 @@ def _run(rows: Callable, logits, plan: _Plan, temperature, vocab, want: bool, gr
 
 def _fused(rows: Callable):
     def policy_loss_op(
-        logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-        temperature, vocab, ints, numbers, want_grad,
+        logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+        temperatures, temperature, vocab, ints, numbers, want_grad,
     ):  # fmt: skip
         plan = _prepare(
-            logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-            ints, numbers,
+            logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+            temperatures, vocab, ints, numbers,
         )  # fmt: skip
         grad = _op.empty_gradient(logits) if want_grad else None
         loss, stats = _run(rows, logits, plan, temperature, vocab, bool(ints[-1]), grad)
@@ -572,6 +597,8 @@ def _fused_fake(logits, *rest):
 def _policy_loss(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
@@ -588,19 +615,20 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient by the logits or an empty tensor, statistics or an empty tensor)."""
     return _fused(_rows_cpu)(
-        logits, tokens, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens,
-        normalizer, temperatures, temperature, vocab, integers, numbers, want_grad,
+        logits, tokens, ids, offsets, old_logprobs, advantages, mask, ref_logprobs,
+        rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, integers,
+        numbers, want_grad,
     )  # fmt: skip
 
 
 def _fused_inplace(rows: Callable):
     def policy_loss_op_(
-        logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-        temperature, vocab, ints, numbers,
+        logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+        temperatures, temperature, vocab, ints, numbers,
     ):  # fmt: skip
         plan = _prepare(
-            logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-            ints, numbers,
+            logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+            temperatures, vocab, ints, numbers,
         )  # fmt: skip
         return _run(rows, logits, plan, temperature, vocab, bool(ints[-1]), logits)
 
@@ -617,6 +645,8 @@ def _fused_inplace_fake(logits, *rest):
 def _policy_loss_(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
@@ -632,8 +662,9 @@ def _policy_loss_(
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics); the gradient takes the place of the logits."""
     return _fused_inplace(_rows_cpu)(
-        logits, tokens, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens,
-        normalizer, temperatures, temperature, vocab, integers, numbers,
+        logits, tokens, ids, offsets, old_logprobs, advantages, mask, ref_logprobs,
+        rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, integers,
+        numbers,
     )  # fmt: skip
 
 
@@ -759,7 +790,8 @@ def policy_loss_from_logprobs(
     else:
         behaviour = logprobs.detach() if old is None else old
         if isinstance(objective, Objective):
-            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor)
+            level = "token" if correction is None else correction.level
+            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor, level)
             own = objective.policy_term(batch)
         else:
             own = _called(objective, logprobs, behaviour, policy_advantages, m)
@@ -783,6 +815,11 @@ def _called(objective: Callable, *arguments: Tensor) -> Tensor:
             f"objective must return per-token losses {list(shape)} or a 0-d loss, got "
             f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
         )
+    z = arguments[0]
+    if loss.device != z.device:
+        raise ValueError(f"objective must return a loss on {z.device}, got one on {loss.device}")
+    if not loss.is_floating_point():
+        raise TypeError(f"objective must return a float loss, got {loss.dtype}")
     return loss
 
 

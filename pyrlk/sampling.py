@@ -10,63 +10,18 @@ position). A row's result depends on its logits, parameters, seed and position a
 
 from __future__ import annotations
 
-import itertools
-import operator
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _C, _check, _op
+from .support import Support
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 _ORDERS = ("top_k_first", "joint")
 _MAX_VOCAB = 1 << 19
-
-
-class Support(NamedTuple):
-    """Kept token ids as CSR: row b keeps ids[offsets[b] : offsets[b + 1]], ascending.
-
-    ids: int32 [N]; offsets: int64 [B + 1]. On CUDA `ids` is a buffer of host-known size, of which
-    offsets[-1] entries are in use.
-    """
-
-    ids: Tensor
-    offsets: Tensor
-
-    def rows(self) -> list[list[int]]:
-        """The kept ids of every row, on the host."""
-        ids, offsets = self.ids.tolist(), self.offsets.tolist()
-        return [ids[a:b] for a, b in itertools.pairwise(offsets)]
-
-    def to_mask(self, vocab_size: int) -> Tensor:
-        """bool [B, V]: True where a token was kept."""
-        if _check.integer("vocab_size", vocab_size) < 1:
-            raise ValueError(f"vocab_size must be ≥ 1, got {vocab_size}")
-        if self.ids.is_cpu and self.ids.numel() and self.ids.max() >= vocab_size:
-            raise ValueError(f"vocab_size must exceed every id, got {vocab_size}")
-        count = self.offsets.numel() - 1
-        slots = torch.arange(self.ids.numel(), device=self.ids.device)
-        row = torch.searchsorted(self.offsets[1:], slots, right=True)
-        mask = torch.zeros(count + 1, vocab_size, dtype=torch.bool, device=self.ids.device)
-        unused = row >= count
-        mask[torch.where(unused, count, row), torch.where(unused, 0, self.ids)] = True
-        return mask[:count]
-
-    def trim(self) -> Support:
-        """The same without unused entries. On CUDA this synchronises."""
-        return Support(self.ids[: int(self.offsets[-1])], self.offsets)
-
-    @staticmethod
-    def from_lists(rows, device=None) -> Support:
-        """From one list of ids a row, in any order."""
-        ascending = [sorted(operator.index(i) for i in row) for row in rows]
-        for b, row in enumerate(ascending):
-            if len(set(row)) != len(row) or (row and not 0 <= row[0] <= row[-1] < 1 << 31):
-                raise ValueError(f"rows[{b}] must hold distinct ids in [0, 2^31), got {row}")
-        offsets = torch.tensor([0, *(len(row) for row in ascending)], dtype=torch.int64).cumsum(0)
-        ids = torch.tensor([i for row in ascending for i in row], dtype=torch.int32)
-        return Support(ids.to(device), offsets.to(device))
 
 
 class Sample(NamedTuple):
@@ -133,7 +88,7 @@ def sample(
     if z.shape[-1] >= _MAX_VOCAB:
         raise ValueError(f"logits must have V < {_MAX_VOCAB}, got {z.shape[-1]}")
     lead = z.shape[:-1]
-    count = lead.numel()
+    count = math.prod(lead)
     tau = _float_rows("temperature", temperature, z, 0.0)
     k = _int_rows("top_k", top_k, z)
     p = _float_rows("top_p", top_p, z, 0.0, 1.0)
@@ -167,7 +122,7 @@ def _capacity(capacity, top_k, count: int) -> int:
 
 def _row_tensor(name: str, x: Tensor, z: Tensor) -> Tensor:
     x = _check.like(name, x, z)
-    count = z.shape[:-1].numel()
+    count = math.prod(z.shape[:-1])
     if x.shape != z.shape[:-1] and x.shape != (count,):
         raise ValueError(f"{name} must be a number or have shape [{count}], got {list(x.shape)}")
     return x.reshape(-1)
@@ -182,7 +137,7 @@ def _float_rows(name: str, x, z: Tensor, low: float, high: float = float("inf"))
     value = _check.number(name, x, low, high)
     if value > torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be representable in float32, got {value}")
-    return torch.full((z.shape[:-1].numel(),), value, dtype=torch.float32, device=z.device)
+    return torch.full((math.prod(z.shape[:-1]),), value, dtype=torch.float32, device=z.device)
 
 
 def _int_rows(name: str, x, z: Tensor) -> Tensor:
@@ -195,11 +150,11 @@ def _int_rows(name: str, x, z: Tensor) -> Tensor:
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
     signed = value - (1 << 64) if value >= 1 << 63 else value
-    return torch.full((z.shape[:-1].numel(),), signed, dtype=torch.int64, device=z.device)
+    return torch.full((math.prod(z.shape[:-1]),), signed, dtype=torch.int64, device=z.device)
 
 
 def _outputs(logits: Tensor):
-    count = logits.shape[:-1].numel()
+    count = math.prod(logits.shape[:-1])
     return tuple(
         logits.new_empty(count, dtype=dtype)
         for dtype in (torch.int64, torch.float32, torch.float32, torch.int32, torch.uint8)
@@ -274,7 +229,7 @@ def _sample(
 
 def _sample_support_fake(logits, tau, k, p, least, seeds, positions, joint, capacity):
     size = torch.library.get_ctx().new_dynamic_size()
-    count = logits.shape[:-1].numel()
+    count = math.prod(logits.shape[:-1])
     return (
         *_outputs(logits),
         logits.new_empty(size, dtype=torch.int32),
@@ -285,7 +240,7 @@ def _sample_support_fake(logits, tau, k, p, least, seeds, positions, joint, capa
 def _sample_support_cuda(logits, tau, k, p, least, seeds, positions, joint, capacity):
     from .triton_kernels import sample as kernels
 
-    count = logits.shape[:-1].numel()
+    count = math.prod(logits.shape[:-1])
     bounds = logits.new_empty((count, 2), dtype=torch.int64)
     out = _run_cuda(logits, tau, k, p, least, seeds, positions, joint, bounds)
     ids = logits.new_empty(capacity, dtype=torch.int32)
@@ -307,7 +262,7 @@ def _sample_support(
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`sample` plus the kept ids as CSR (ids, offsets)."""
-    count = logits.shape[:-1].numel()
+    count = math.prod(logits.shape[:-1])
     kept = _C.Support(count)
     out = _run_cpu(logits, temperature, top_k, top_p, min_p, seed, position, joint, kept)
     ids = logits.new_empty(kept.total(), dtype=torch.int32)

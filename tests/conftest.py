@@ -1,4 +1,4 @@
-"""What the whole suite shares: poisoned memory, a deterministic hypothesis profile, the float64 judge."""
+"""What the suite shares: poisoned memory, a deterministic hypothesis profile, the float64 judge."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def allocated():
 
 @dataclasses.dataclass
 class Judged:
-    """A loss in float64: value, gradient [..., V], slopes g and h [...], and Σ w·|terms|, its scale."""
+    """A loss in float64: value, gradient [..., V], slopes g, h [...], scale Σ w·|terms|."""
 
     loss: Tensor
     grad: Tensor
@@ -123,7 +123,7 @@ def judge(logits, tokens, old, adv, mask=None, *, temperature=1.0, vocab_size=No
     again = reference.policy_loss_from_logprobs(lp, old, adv, weight, entropy=ent, **options)
     g, h = torch.autograd.grad(again, (lp, ent), allow_unused=True, materialize_grads=True)
     scale = _scale_of(lp.detach(), ent.detach(), old, adv, weight, options)
-    return Judged(loss.detach(), grad, g, h, scale)
+    return Judged(loss.detach(), grad, g, h, max(scale, abs(loss.item())))
 
 
 def ulps(x: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def ulps(x: Tensor, y: Tensor) -> Tensor:
 
 
 def assert_gradient(got: Tensor, truth: Judged, temperature=1.0) -> None:
-    """fp32: 4e-6 relative in norm. 16 bit: 1 ulp for 99.99 %, never more than 2 ulp or 2⁻²²·|g|/τ."""
+    """fp32: 4e-6 relative in norm. 16 bit: 1 ulp for 99.99 %, never over 2 ulp or 2⁻²²·|g|/τ."""
     assert got.shape == truth.grad.shape
     if got.dtype in (torch.float32, torch.float64):
         bound = 4e-6 if got.dtype == torch.float32 else 1e-12

@@ -1,4 +1,4 @@
-"""Policy losses on logits: every option against float64 autograd, and what masks, layouts and memory do."""
+"""Policy losses on logits: every option against float64 autograd, and what masks and layouts do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = [4, 0, 1, 7]  # packed sequences, an empty one among them
 
 @st.composite
 def cases(draw, dtypes=(torch.float32, torch.float64)):
-    """(logits, arguments, options) of a policy_loss call: every option, layout and dtype at random."""
+    """(logits, arguments, options) of policy_loss: every option, layout and dtype at random."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
     vocab = draw(st.sampled_from([2, 17, 64, 130]))

@@ -1,0 +1,261 @@
+"""The ops as torch sees them: opcheck, torch.compile, autograd rules, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyrlk
+import pyrlk.loss
+import pyrlk.sampling
+
+OPS = torch.ops.pyrlk
+B, L, V = 3, 5, 100
+
+
+def batch(dtype=torch.float32):
+    torch.manual_seed(0)
+    z = torch.randn(B, L, V, dtype=dtype)
+    return z, torch.randint(V, (B, L)), torch.randn(B, L) - 4, torch.randn(B, L)
+
+
+def op_arguments():
+    """One call of each op, by name: the schemas are private, so this list is their only witness."""
+    z, tokens, old, adv = batch()
+    whole = (None, None)
+    kept = pyrlk.sample(z, top_k=7, seed=0, return_support=True)
+    inside = kept.token.view(B, L)
+    stats = OPS.token_logprobs(z, inside, *kept.support, 1.0, None, V, True)[2]
+    tau = torch.rand(B, L) + 0.5
+    integers, numbers = [1, 0, 3, 0, 0, 0, 1], [0.2, 0.28, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0]
+    mask = torch.rand(B, L) > 0.2
+    loss = (tokens, *whole, old, adv, mask, old, None, None, None, tau, 1.0, V, integers, numbers)
+    n = B * L
+    row = (torch.ones(n), torch.zeros(n, dtype=torch.long), torch.full((n,), 0.9), torch.zeros(n))
+    draw = (z, *row, torch.arange(n), torch.zeros(n, dtype=torch.long), False)
+    return {
+        "token_logprobs": (z.clone().requires_grad_(), inside, *kept.support, 1.0, None, V, True),
+        "token_logprobs_backward": (z, inside, *kept.support, 1.0, tau, V, stats, adv, old),
+        "policy_loss": (z, *loss, True),
+        "policy_loss_": (z.clone(), *loss),
+        "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
+        "scale_": (z.clone(), torch.tensor(2.0)),
+        "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
+        "sample": draw,
+        "sample_support": (*draw, 100),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(op_arguments()))
+def test_every_op_passes_opcheck(name):
+    result = opcheck(getattr(OPS, name).default, op_arguments()[name])
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_no_op_is_left_out_of_opcheck():
+    names = {n.removeprefix("pyrlk::").split(".")[0] for n in torch._C._dispatch_get_all_op_names()
+             if n.startswith("pyrlk::")}  # fmt: skip
+    linear = {n for n in names if n.startswith("linear_")}  # tests/test_linear.py
+    assert names - linear == set(op_arguments())
+
+
+WEIGHT = torch.randn(V, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def dropin(h, tokens, old, adv, mask):
+    return pyrlk.dapo_loss(h @ WEIGHT.t(), tokens, old, adv, mask, entropy_coef=0.01)
+
+
+def inplace(h, tokens, old, adv, mask):
+    logits = h @ WEIGHT.t()
+    return pyrlk.dapo_loss(logits, tokens, old, adv, mask, inplace=True, return_stats=True)[0]
+
+
+def sequences(h, tokens, old, adv, mask):
+    return pyrlk.policy_loss(
+        (h @ WEIGHT.t())[:, :-1], tokens[:, :-1], old[:, :-1], adv[:, 0], mask[:, :-1],
+        objective=pyrlk.GRPO(delta=2.0), ref_logprobs=old[:, :-1], kl_coef=0.1, kl="k2",
+        correction=pyrlk.TIS("sequence"), rollout_logprobs=old[:, :-1] - 0.1,
+    )  # fmt: skip
+
+
+def callable_objective(h, tokens, old, adv, mask):
+    def own(logprobs, old, adv, mask):
+        return -(logprobs - old).exp() * adv
+
+    logits = h @ WEIGHT.t()
+    return pyrlk.policy_loss(logits, tokens, old, adv, mask, objective=own, entropy_coef=0.1)
+
+
+def packed(h, tokens, old, adv, mask):
+    logits, cu = (h @ WEIGHT.t()).flatten(0, 1), torch.tensor([0, 3, tokens.numel()])
+
+    def own(logprobs, old, adv, mask):
+        return -(logprobs - old).exp() * adv
+
+    old, adv, mask = old.flatten(), adv[0, :2], mask.flatten()
+    return pyrlk.policy_loss(
+        logits, tokens.flatten(), old, adv, mask, objective=own, cu_seqlens=cu, normalizer=5.0,
+        correction=pyrlk.TIS("sequence"), rollout_logprobs=old - 0.1,
+    )  # fmt: skip
+
+
+def scorer(h, tokens, old, adv, mask):
+    logprob, entropy = pyrlk.token_logprobs(h @ WEIGHT.t(), tokens, return_entropy=True)
+    return (logprob * adv + entropy).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [dropin, inplace, sequences, callable_objective, packed, scorer])
+def test_compiled_fullgraph_equals_eager_at_any_length_without_recompiling(step):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (7, 12, 33, 64):
+        h = torch.randn(4, length, 16)
+        tokens, mask = torch.randint(V, (4, length)), torch.rand(4, length) > 0.2
+        old, adv = torch.randn(4, length) - 4, torch.randn(4, length)
+        results = []
+        for f in (step, compiled):
+            loss = f(h, tokens, old, adv, mask)
+            results.append((loss.detach(), *torch.autograd.grad(loss, WEIGHT)))
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_sampler_equals_eager_without_recompiling():
+    torch._dynamo.reset()
+    counters.clear()
+
+    def draw(z, seed, position, support):
+        return pyrlk.sample(
+            z * 1, temperature=0.7, top_k=5, seed=seed, position=position, return_support=support
+        )
+
+    compiled = torch.compile(draw, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (2, 5, 9):
+        z, seed = torch.randn(count, V), torch.randint(0, 2**40, (count,))
+        got, want = compiled(z, seed, seed + 1, False), draw(z, seed, seed + 1, False)
+        assert all(torch.equal(a, b) for a, b in zip(got[:5], want[:5], strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    got, want = compiled(z, seed, seed, True), draw(z, seed, seed, True)
+    assert torch.equal(got.support.ids, want.support.ids)
+    assert torch.equal(got.support.offsets, want.support.offsets)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_backward_and_a_double_backward_raise(inplace):
+    z, tokens, old, adv = batch()
+    leaf = z.requires_grad_()
+    loss = pyrlk.dapo_loss(leaf * 1, tokens, old, adv, inplace=inplace)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    loss = pyrlk.dapo_loss(leaf * 1, tokens, old, adv, inplace=inplace)
+    with pytest.raises(RuntimeError, match="create_graph is not supported"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    (slope,) = torch.autograd.grad(
+        pyrlk.token_logprobs(leaf, tokens).sum(), leaf, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_backward_scale_multiplies_the_gradient(dtype, inplace, strided):
+    z, tokens, old, adv = batch(dtype)
+    if strided:
+        tokens, old, adv = tokens[:, 1:], old[:, 1:], adv[:, 1:]
+    grads = []
+    for scale in (1.0, -3.0, 0.0, 2.0**10):
+        leaf = z.clone().requires_grad_()
+        logits = (leaf * 1)[:, :-1] if strided else leaf * 1
+        (scale * pyrlk.dapo_loss(logits, tokens, old, adv, inplace=inplace)).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(grads[1], (grads[0].double() * -3).to(dtype))
+    assert grads[2].eq(0).all()
+    assert torch.equal(grads[3], grads[0] * 2**10)
+
+
+def test_accumulated_losses_add_their_gradients():
+    z, tokens, old, adv = batch()
+    leaf = z.requires_grad_()
+    one = pyrlk.dapo_loss(leaf, tokens, old, adv)
+    two = pyrlk.reinforce_loss(leaf, tokens, adv)
+    (both,) = torch.autograd.grad(one + 2 * two, leaf)
+    (a,) = torch.autograd.grad(pyrlk.dapo_loss(leaf, tokens, old, adv), leaf)
+    (b,) = torch.autograd.grad(pyrlk.reinforce_loss(leaf, tokens, adv), leaf)
+    torch.testing.assert_close(both, a + 2 * b)
+
+
+def test_in_place_bumps_the_version_so_that_a_stale_tensor_is_an_error():
+    z, tokens, old, adv = batch()
+    leaf = z.requires_grad_()
+    logits = leaf * 1
+    stale = (logits**2).sum()  # keeps the logits for its backward
+    version = logits._version
+    loss = pyrlk.dapo_loss(logits, tokens, old, adv, inplace=True)
+    assert logits._version > version
+    loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+def test_in_place_under_no_grad_leaves_the_logits_alone():
+    z, tokens, old, adv = batch()
+    before = z.clone()
+    pyrlk.dapo_loss(z, tokens, old, adv, inplace=True)
+    with torch.no_grad():
+        pyrlk.dapo_loss(z.requires_grad_() * 1, tokens, old, adv, inplace=True)
+    assert torch.equal(z, before)
+
+
+class Big(TorchDispatchMode):
+    """Shapes of every tensor that torch allocates and that holds at least `least` elements."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen, self.storages = least, [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.least:
+                where = x.untyped_storage().data_ptr()
+                if where not in self.storages:
+                    self.storages.add(where)
+                    self.seen.append((str(func), tuple(x.shape)))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("inplace", "grad", "allowed"), [(False, True, 1), (True, True, 0), (False, False, 0)]
+)
+def test_the_gradient_is_the_only_tensor_of_size_t_v(dtype, inplace, grad, allowed, allocated):
+    count, vocab = 64, 4096
+    leaf = torch.randn(count, vocab).to(dtype).requires_grad_()
+    logits = leaf * 1
+    tokens, adv = torch.randint(vocab, (count,)), torch.randn(count)
+    options = {"entropy_coef": 0.1, "ref_logprobs": adv, "kl_coef": 0.1, "return_stats": True}
+    with torch.set_grad_enabled(grad):
+        big = Big(logits.numel() * logits.element_size() // 2)
+        big.storages.add(logits.untyped_storage().data_ptr())
+        with big:
+            loss, _ = pyrlk.dapo_loss(logits, tokens, adv, adv, inplace=inplace, **options)
+            if grad:
+                (slope,) = torch.autograd.grad(loss, logits)
+    assert not grad or slope.isfinite().all()
+    assert len(big.seen) == allowed, big.seen
+    assert sum(math.prod(shape) >= count * vocab for shape, _ in allocated) == allowed
+    if inplace:
+        assert slope.data_ptr() == logits.data_ptr()
