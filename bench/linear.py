@@ -78,7 +78,7 @@ class Case:
         loss = pyrlk.linear_policy_loss(ours[0], ours[1], tokens, old, advantages)
         got = torch.autograd.grad(loss, ours)
         truth = reference.linear_policy_loss(
-            *exact, tokens.cpu(), old.cpu().double(), advantages.cpu().double()
+            exact[0], exact[1], tokens.cpu(), old.cpu().double(), advantages.cpu().double()
         )
         want = torch.autograd.grad(truth, exact)
         pairs = zip(got, want, strict=True)

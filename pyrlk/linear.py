@@ -264,7 +264,7 @@ class _Head:
         # The operands of the products. torch has no mixed ones on CPU.
         self.dtype = total if wide and not cuda else dtype
         self.weight = weight[:vocab].to(self.dtype)
-        self.bias = None if bias is None else bias[:vocab]
+        self.bias = None if bias is None else bias[:vocab].to(self.dtype)
         z_dtype = total if wide else dtype
         self.chunk = _chunk_rows(chunk, self.count, vocab * z_dtype.itemsize, cuda)
         self.padded = cuda
