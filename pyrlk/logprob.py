@@ -84,12 +84,12 @@ def _forward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab
 def _forward_cuda(logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy):
     from .triton_kernels import logprob as kernels
 
-    _support.check_cuda(ids)
     out = _outputs(logits, with_entropy)
     if out[0].numel():
         kernels.token_logprobs_fwd(
             logits,
             _op.flat(tokens, torch.int64),
+            None if ids is None else (ids, offsets),
             temperature if temperatures is None else _op.flat(temperatures, torch.float32),
             vocab,
             out[0].view(-1),
@@ -142,6 +142,7 @@ def _backward_cuda(logits, tokens, ids, offsets, temperature, temperatures, voca
         kernels.token_logprobs_bwd(
             logits,
             _op.flat(tokens, torch.int64),
+            None if ids is None else (ids, offsets),
             temperature if temperatures is None else _op.flat(temperatures, torch.float32),
             vocab,
             stats.view(-1, 4),

@@ -492,12 +492,12 @@ def _run_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, 
 def _run_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, grad):
     from .triton_kernels import policy_loss as kernels
 
-    _support.check_cuda(plan.ids)
     loss, logprob, entropy = _buffers(logits, plan, want)
     if plan.tokens.numel():
         kernels.policy_loss_fwd(
             logits,
             plan.tokens,
+            None if plan.ids is None else (plan.ids, plan.offsets),
             plan.old,
             plan.advantages,
             plan.weight,

@@ -148,8 +148,3 @@ def check_values(ids: Tensor | None, offsets: Tensor | None, vocab: int) -> None
         raise ValueError(
             f"support.ids[{at}] = {int(used[at])} must be greater than the id before it"
         )
-
-
-def check_cuda(ids: Tensor | None) -> None:
-    if ids is not None:
-        raise NotImplementedError("support is not built for CUDA yet: score on CPU, or without it")
