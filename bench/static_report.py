@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyrlk.triton_kernels import logprob, policy_loss, row, sample
+from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,23 +40,32 @@ _POINTERS = dict.fromkeys(_INT64, "*i64") | {
 }
 _LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
 
+_DENSE = {"ids_ptr": None, "offsets_ptr": None}
 _OBJECTIVE = {"CLIPPED": True, "KL": 0, "KL_IMPORTANCE": False, "ENTROPY_BONUS": False}
+_EVERYTHING = {"KL": 3, "KL_IMPORTANCE": True, "ENTROPY_BONUS": True}
 _NO_KL = {"temperature_ptr": None, "ref_logprobs_ptr": None, "entropy_ptr": None}
 
 # One entry a shape of code that users run: name, kernel, what is None or constant in it.
 VARIANTS = [
-    ("token_logprobs_fwd", logprob.token_logprobs_fwd_kernel, {"temperature_ptr": None}),
-    ("token_logprobs_bwd", logprob.token_logprobs_bwd_kernel, {"temperature_ptr": None}),
-    ("policy_loss_fwd dapo", policy_loss.policy_loss_fwd_kernel, _OBJECTIVE | _NO_KL),
+    ("token_logprobs_fwd", logprob.token_logprobs_fwd_kernel, _DENSE | {"temperature_ptr": None}),
+    ("token_logprobs_fwd kept", logprob.token_logprobs_fwd_kernel, {"temperature_ptr": None}),
+    ("token_logprobs_bwd", logprob.token_logprobs_bwd_kernel, _DENSE | {"temperature_ptr": None}),
+    ("token_logprobs_bwd kept", logprob.token_logprobs_bwd_kernel, {"temperature_ptr": None}),
+    ("policy_loss_fwd dapo", policy_loss.policy_loss_fwd_kernel, _DENSE | _OBJECTIVE | _NO_KL),
     (
         "policy_loss_fwd dapo+k3+entropy",
         policy_loss.policy_loss_fwd_kernel,
-        _OBJECTIVE | {"KL": 3, "KL_IMPORTANCE": True, "ENTROPY_BONUS": True},
+        _DENSE | _OBJECTIVE | _EVERYTHING,
+    ),
+    (
+        "policy_loss_fwd dapo+k3+entropy kept",
+        policy_loss.policy_loss_fwd_kernel,
+        _OBJECTIVE | _EVERYTHING,
     ),
     (
         "policy_loss_fwd reinforce",
         policy_loss.policy_loss_fwd_kernel,
-        _OBJECTIVE | _NO_KL | {"CLIPPED": False, "old_logprobs_ptr": None},
+        _DENSE | _OBJECTIVE | _NO_KL | {"CLIPPED": False, "old_logprobs_ptr": None},
     ),
     ("reinforce_grad_fwd", policy_loss.reinforce_grad_fwd_kernel, {"temperature_ptr": None}),
     ("scale_fwd", policy_loss.scale_fwd_kernel, {}),
@@ -86,6 +95,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         "ALIGN": vector,
         "GRAD_ALIGN": vector,
         "BLOCK": row.TILE,
+        "KEPT": kept.TILE,
         "SHIFT": {"fp32": 0, "fp16": 13, "bf16": 16}[dtype],
     } | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -123,9 +133,16 @@ def _read_nvidia(compiled):
             subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
             for flag in ("-res-usage", "-sass")
         )
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    registers = _number(r"REG:(\d+)", usage)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     return registers, spills, _widths(sass, "LDG"), _widths(sass, "STG")
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's listing has no {pattern}")
+    return int(found[1])
 
 
 def _widths(sass: str, opcode: str) -> dict[int, int]:
@@ -140,7 +157,7 @@ def _read_amd(compiled):
     text = compiled.asm["amdgcn"]
 
     def number(key):
-        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+        return _number(rf"\.{key}:\s+(\d+)", text)
 
     bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
@@ -183,11 +200,11 @@ def main(arguments=None) -> int:
         parser.error("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     entries = report(options.target, options.dtype, options.kernel, not options.unaligned)
     print(
-        f"{'kernel':32} {'target':7} {'dtype':5} regs spills shared  loads n×bits · stores n×bits"
+        f"{'kernel':36} {'target':7} {'dtype':5} regs spills shared  loads n×bits · stores n×bits"
     )
     for e in entries:
         print(
-            f"{e.kernel:32} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
+            f"{e.kernel:36} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
             f"{_count(e.loads)} · {_count(e.stores)}"
         )
     if options.json:

@@ -25,7 +25,8 @@ def ratios(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ratios over the vocabulary, ratios over the kept set) of `rows` draws."""
     g = torch.Generator().manual_seed(seed)
-    whole, replayed = [], []
+    whole: list[torch.Tensor] = []
+    replayed: list[torch.Tensor] = []
     for begin in range(0, rows, 256):
         count = min(256, rows - begin)
         sharpness = 1.0 + 5.0 * torch.rand(count, 1, generator=g)
@@ -52,7 +53,7 @@ def main(path: str) -> None:
 
     whole, replayed = ratios()
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    bins = torch.linspace(0.5, 1.3, 81).numpy()
+    bins = torch.linspace(0.5, 1.3, 81).tolist()
     for ratio, name, colour in (
         (whole, "over the vocabulary", "#c05a3c"),
         (replayed, "over the replayed support", "#2f6f8f"),

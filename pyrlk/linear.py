@@ -469,7 +469,7 @@ def _fused(rows: Callable):
     ):  # fmt: skip
         with _plain(hidden):
             plan = loss._prepare(
-                hidden, tokens, *logprob.WHOLE, old, advantages, mask, ref, rollout, cu, normalizer,
+                hidden, tokens, None, None, old, advantages, mask, ref, rollout, cu, normalizer,
                 temperatures, vocab, ints, numbers,
             )  # fmt: skip
             t, want_stats, count = plan.terms, bool(ints[-1]), plan.tokens.numel()
@@ -620,7 +620,7 @@ def _score(statistics: Callable):
             for part in head.parts():
                 z = head.logits(part)
                 at = None if h is None else h[part]
-                row = (z, ids[part], logprob.WHOLE, temperature, _take(tau, part), vocab)
+                row = (z, ids[part], None, temperature, _take(tau, part), vocab)
                 statistics(*row, lp[part], at, stats[part])
             lp = _spread(lp, head.index, tokens.numel()).view(tokens.shape)
             if h is None:
@@ -693,7 +693,7 @@ def _again(statistics: Callable, gradient: Callable):
             lp, entropy, stats = _results(hidden, head.chunk, h is not None)
             for part in head.parts():
                 z, size = head.logits(part), slice(0, part.stop - part.start)
-                row = (z, ids[part], logprob.WHOLE, temperature, _take(tau, part), vocab)
+                row = (z, ids[part], None, temperature, _take(tau, part), vocab)
                 statistics(*row, lp[size], _take(entropy, size), stats[size])
                 slopes = _take(g, part), _take(h, part)
                 gradient(*row, stats[size], *slopes, head.slopes(part))

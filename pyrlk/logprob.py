@@ -82,18 +82,15 @@ def _forward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab
     return _outputs(logits, with_entropy)
 
 
-WHOLE = (None, None)  # the kept set (ids, offsets) of a distribution over the whole vocabulary
-
-
 def statistics_cpu(
     logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
 ) -> None:
     """Fills logprob, entropy (unless None) and stats [T, 4]; all flat, of the compute dtype."""
-    _support.check_values(*kept, vocab)
+    _support.check_values(kept, vocab)
     bad = _C.token_logprobs(
         _op.rows(logits, vocab),
         actions.data_ptr(),
-        (_op.address(kept[0]), _op.address(kept[1])),
+        _support.addresses(kept),
         (temperature, _op.address(temperatures)),
         logprob.data_ptr(),
         _op.address(entropy),
@@ -108,11 +105,10 @@ def statistics_cuda(
 ) -> None:
     from .triton_kernels import logprob as kernels
 
-    _support.check_cuda(kept[0])
     if actions.numel():
         tau = temperature if temperatures is None else temperatures
         kernels.token_logprobs_fwd(
-            logits, actions, tau, vocab, logprob.view(-1), entropy, stats.view(-1, 4)
+            logits, actions, kept, tau, vocab, logprob.view(-1), entropy, stats.view(-1, 4)
         )
 
 
@@ -123,7 +119,7 @@ def gradient_cpu(
     _C.token_logprobs_backward(
         _op.rows(logits, vocab),
         actions.data_ptr(),
-        (_op.address(kept[0]), _op.address(kept[1])),
+        _support.addresses(kept),
         (temperature, _op.address(temperatures)),
         stats.data_ptr(),
         _op.address(g),
@@ -138,10 +134,9 @@ def gradient_cuda(
 ) -> None:
     from .triton_kernels import logprob as kernels
 
-    _support.check_cuda(kept[0])
     if actions.numel():
         tau = temperature if temperatures is None else temperatures
-        kernels.token_logprobs_bwd(logits, actions, tau, vocab, stats.view(-1, 4), g, h, grad)
+        kernels.token_logprobs_bwd(logits, actions, kept, tau, vocab, stats.view(-1, 4), g, h, grad)
 
 
 def _forward(statistics: Callable):
@@ -152,7 +147,7 @@ def _forward(statistics: Callable):
         if logits.device.type == "cpu":
             _check.temperature_values(temperatures, tokens != -100)
         tau, actions = _op.flat(temperatures, stats.dtype), _op.flat(tokens, torch.int64)
-        wanted, kept = entropy if with_entropy else None, (ids, offsets)
+        wanted, kept = entropy if with_entropy else None, _support.pair(ids, offsets)
         statistics(logits, actions, kept, temperature, tau, vocab, logprob, wanted, stats)
         return out
 
@@ -186,7 +181,7 @@ def _backward_by(gradient: Callable):
     ):
         grad = _op.empty_gradient(logits)
         g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
-        actions, kept = _op.flat(tokens, torch.int64), (ids, offsets)
+        actions, kept = _op.flat(tokens, torch.int64), _support.pair(ids, offsets)
         gradient(logits, actions, kept, temperature, tau, vocab, stats, g, h, grad)
         return grad
 

@@ -355,8 +355,7 @@ class _Plan(NamedTuple):
 
     terms: Terms
     tokens: Tensor
-    ids: Tensor | None
-    offsets: Tensor | None
+    kept: Support | None
     old: Tensor | None
     advantages: Tensor
     weight: Tensor
@@ -399,6 +398,7 @@ def _prepare(
         entropy_coef,
     )
     shape, dtype = tokens.shape, _op.compute_dtype(logits)
+    kept = _support.pair(ids, offsets)
     counted = tokens != -100
     if mask is not None:
         counted = counted & (mask != 0)
@@ -407,7 +407,7 @@ def _prepare(
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(normalizer)
         _check.temperature_values(temperatures, counted)
-        _support.check_values(ids, offsets, vocab)
+        _support.check_values(kept, vocab)
     m = counted.to(dtype) if mask is None else torch.where(counted, mask.to(dtype), 0)
     seqs = _objective.sequences(shape, cu)
     rule = _objective.Weighting(AGGREGATIONS[aggregation], max_length)
@@ -422,8 +422,7 @@ def _prepare(
     return _Plan(
         t,
         _op.flat(tokens, torch.int64),
-        ids,
-        offsets,
+        kept,
         _op.flat(old, dtype),
         _op.flat(spread, dtype),
         _op.flat(weight, dtype),
@@ -511,7 +510,7 @@ def _rows_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: 
     bad = _C.policy_loss(
         _op.rows(logits, vocab),
         plan.tokens.data_ptr(),
-        (_op.address(plan.ids), _op.address(plan.offsets)),
+        _support.addresses(plan.kept),
         _op.address(plan.old),
         plan.advantages.data_ptr(),
         plan.weight.data_ptr(),
@@ -540,11 +539,11 @@ def _rows_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: 
 def _rows_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: _PerToken, grad):
     from .triton_kernels import policy_loss as kernels
 
-    _support.check_cuda(plan.ids)
     if plan.tokens.numel():
         kernels.policy_loss_fwd(
             logits,
             plan.tokens,
+            plan.kept,
             plan.old,
             plan.advantages,
             plan.weight,

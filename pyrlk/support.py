@@ -126,10 +126,20 @@ def check(support, z: Tensor, shape) -> tuple[Tensor | None, Tensor | None]:
     return ids, offsets
 
 
-def check_values(ids: Tensor | None, offsets: Tensor | None, vocab: int) -> None:
+def pair(ids: Tensor | None, offsets: Tensor | None) -> Support | None:
+    """The support of an op from its two schema arguments; None is the whole vocabulary."""
+    return None if ids is None or offsets is None else Support(ids, offsets)
+
+
+def addresses(kept: Support | None) -> tuple[int, int]:
+    return (0, 0) if kept is None else (kept.ids.data_ptr(), kept.offsets.data_ptr())
+
+
+def check_values(kept: Support | None, vocab: int) -> None:
     """On CPU: offsets rise from 0 within ids; ids lie in [0, vocab) and ascend in a row."""
-    if ids is None or offsets is None:
+    if kept is None:
         return
+    ids, offsets = kept
     fall = offsets[1:] < offsets[:-1]
     if int(offsets[0]) != 0 or bool(fall.any()) or int(offsets[-1]) > ids.numel():
         raise ValueError(
@@ -148,8 +158,3 @@ def check_values(ids: Tensor | None, offsets: Tensor | None, vocab: int) -> None
         raise ValueError(
             f"support.ids[{at}] = {int(used[at])} must be greater than the id before it"
         )
-
-
-def check_cuda(ids: Tensor | None) -> None:
-    if ids is not None:
-        raise NotImplementedError("support is not built for CUDA yet: score on CPU, or without it")

@@ -5,13 +5,16 @@
 
 logits [..., V]; tokens int64 [T]; temperature a number or float32 [T]; logprob, entropy,
 grad_logprob, grad_entropy float32 [T]; stats float32 [T, 4] = (m, s, E, z_a) of row.py.
-Token −100: 0, and the row is never read. A token outside [0, vocab_size): NaN.
+Token −100: 0, and the row is never read. A token outside [0, vocab_size): NaN. With kept =
+(ids int32 [N], offsets int64 [T + 1]) all of it is over the kept set of each token: kept.py.
 """
 
 import triton
 import triton.language as tl
 
+from . import kept as _kept
 from . import row as _row
+from .kept import kept_statistics, write_kept_gradient
 from .row import (
     entropy_of,
     load_token_logit,
@@ -25,16 +28,26 @@ from .row import (
 
 
 @triton.jit(
-    do_not_specialize=["inner", "stride_outer", "stride_inner", "vocab_size"],
-    do_not_specialize_on_alignment=["tokens_ptr", "temperature_ptr", "logprob_ptr", "entropy_ptr"],
+    do_not_specialize=["capacity", "inner", "stride_outer", "stride_inner", "vocab_size"],
+    do_not_specialize_on_alignment=[
+        "tokens_ptr",
+        "ids_ptr",
+        "offsets_ptr",
+        "temperature_ptr",
+        "logprob_ptr",
+        "entropy_ptr",
+    ],
 )
 def token_logprobs_fwd_kernel(
     logits_ptr,
     tokens_ptr,
+    ids_ptr,
+    offsets_ptr,
     temperature_ptr,
     logprob_ptr,
     entropy_ptr,
     stats_ptr,
+    capacity: tl.int64,
     inner: tl.int64,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
@@ -42,6 +55,7 @@ def token_logprobs_fwd_kernel(
     temperature,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row)
@@ -59,8 +73,14 @@ def token_logprobs_fwd_kernel(
         else:
             tau = tl.full([], 1.0, tl.float32) * temperature
         z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        z_token = load_token_logit(z_ptr, token, vocab_size)
-        m, s, e = statistics(z_ptr, vocab_size, scale_of(tau), BLOCK)
+        c = scale_of(tau)
+        if ids_ptr is not None:
+            m, s, e, z_token = kept_statistics(
+                z_ptr, ids_ptr, offsets_ptr, row, capacity, token, vocab_size, c, BLOCK, KEPT
+            )
+        else:
+            z_token = load_token_logit(z_ptr, token, vocab_size)
+            m, s, e = statistics(z_ptr, vocab_size, c, BLOCK)
         tl.store(logprob_ptr + row, logprob_of(m, s, z_token, tau).to(tl.float32))
         if entropy_ptr is not None:
             tl.store(entropy_ptr + row, entropy_of(s, e).to(tl.float32))
@@ -70,19 +90,23 @@ def token_logprobs_fwd_kernel(
         tl.store(stats_ptr + row * 4 + 3, z_token)
 
 
-def token_logprobs_fwd(logits, tokens, temperature, vocab_size, logprob, entropy, stats):
+def token_logprobs_fwd(logits, tokens, kept, temperature, vocab_size, logprob, entropy, stats):
     """Fill logprob, entropy (unless None) and stats."""
     r = _row.rows(logits)
     if r.count == 0:
         return
     temperature_ptr, number = _row.split_temperature(temperature)
+    ids, offsets, capacity = _kept.split(kept)
     token_logprobs_fwd_kernel[(r.count,)](
         logits,
         tokens,
+        ids,
+        offsets,
         temperature_ptr,
         logprob,
         entropy,
         stats,
+        capacity,
         r.inner,
         r.stride_outer,
         r.stride_inner,
@@ -90,12 +114,14 @@ def token_logprobs_fwd(logits, tokens, temperature, vocab_size, logprob, entropy
         number,
         ALIGN=r.align,
         BLOCK=_row.TILE,
+        KEPT=_kept.TILE,
         **_row.LAUNCH,
     )
 
 
 @triton.jit(
     do_not_specialize=[
+        "capacity",
         "inner",
         "stride_outer",
         "stride_inner",
@@ -107,6 +133,8 @@ def token_logprobs_fwd(logits, tokens, temperature, vocab_size, logprob, entropy
     ],
     do_not_specialize_on_alignment=[
         "tokens_ptr",
+        "ids_ptr",
+        "offsets_ptr",
         "temperature_ptr",
         "grad_logprob_ptr",
         "grad_entropy_ptr",
@@ -115,11 +143,14 @@ def token_logprobs_fwd(logits, tokens, temperature, vocab_size, logprob, entropy
 def token_logprobs_bwd_kernel(
     logits_ptr,
     tokens_ptr,
+    ids_ptr,
+    offsets_ptr,
     temperature_ptr,
     stats_ptr,
     grad_logprob_ptr,
     grad_entropy_ptr,
     grad_ptr,
+    capacity: tl.int64,
     inner: tl.int64,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
@@ -132,6 +163,7 @@ def token_logprobs_bwd_kernel(
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     to_ptr = grad_ptr + row_offset(
@@ -154,27 +186,52 @@ def token_logprobs_bwd_kernel(
         s = tl.load(stats_ptr + row * 4 + 1)
         e = tl.load(stats_ptr + row * 4 + 2)
         z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        write_gradient(
-            z_ptr, to_ptr, vocab_size, width, token, m, s, e, scale_of(tau), tau, g, h, BLOCK
-        )
+        c = scale_of(tau)
+        if ids_ptr is not None:
+            write_kept_gradient(
+                z_ptr,
+                to_ptr,
+                ids_ptr,
+                offsets_ptr,
+                row,
+                capacity,
+                vocab_size,
+                width,
+                token,
+                m,
+                s,
+                e,
+                c,
+                tau,
+                g,
+                h,
+                BLOCK,
+                KEPT,
+            )
+        else:
+            write_gradient(z_ptr, to_ptr, vocab_size, width, token, m, s, e, c, tau, g, h, BLOCK)
 
 
 def token_logprobs_bwd(
-    logits, tokens, temperature, vocab_size, stats, grad_logprob, grad_entropy, grad
+    logits, tokens, kept, temperature, vocab_size, stats, grad_logprob, grad_entropy, grad
 ):
     """Fill grad, of the shape and dtype of logits, from the stats of the forward."""
     r, to = _row.rows(logits), _row.rows(grad)
     if r.count == 0:
         return
     temperature_ptr, number = _row.split_temperature(temperature)
+    ids, offsets, capacity = _kept.split(kept)
     token_logprobs_bwd_kernel[(r.count,)](
         logits,
         tokens,
+        ids,
+        offsets,
         temperature_ptr,
         stats,
         grad_logprob,
         grad_entropy,
         grad,
+        capacity,
         r.inner,
         r.stride_outer,
         r.stride_inner,
@@ -187,5 +244,6 @@ def token_logprobs_bwd(
         ALIGN=r.align,
         GRAD_ALIGN=to.align,
         BLOCK=_row.TILE,
+        KEPT=_kept.TILE,
         **_row.LAUNCH,
     )

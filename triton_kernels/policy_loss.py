@@ -6,6 +6,7 @@
 logits [..., V]; tokens int64 [T]; old_logprobs, advantages, weight, ref_logprobs, loss, logprob,
 entropy float32 [T]; grad like logits, or logits itself. Where weight is 0 the row is never read,
 its outputs and its gradient are 0, and all else on it may be NaN. old_logprobs None: ratio 1.
+With kept = (ids int32 [N], offsets int64 [T + 1]) π is over the kept set of each token: kept.py.
 """
 
 import math
@@ -13,7 +14,9 @@ import math
 import triton
 import triton.language as tl
 
+from . import kept as _kept
 from . import row as _row
+from .kept import kept_statistics, write_kept_gradient
 from .objective import log_ratio_of, token_loss
 from .row import (
     entropy_of,
@@ -29,6 +32,7 @@ from .row import (
 )
 
 _LENGTHS = [
+    "capacity",
     "inner",
     "stride_outer",
     "stride_inner",
@@ -40,6 +44,8 @@ _LENGTHS = [
 ]
 _PER_TOKEN = [
     "tokens_ptr",
+    "ids_ptr",
+    "offsets_ptr",
     "old_logprobs_ptr",
     "advantages_ptr",
     "weight_ptr",
@@ -55,6 +61,8 @@ _PER_TOKEN = [
 def policy_loss_fwd_kernel(
     logits_ptr,
     tokens_ptr,
+    ids_ptr,
+    offsets_ptr,
     old_logprobs_ptr,
     advantages_ptr,
     weight_ptr,
@@ -64,6 +72,7 @@ def policy_loss_fwd_kernel(
     logprob_ptr,
     entropy_ptr,
     grad_ptr,
+    capacity: tl.int64,
     inner: tl.int64,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
@@ -86,6 +95,7 @@ def policy_loss_fwd_kernel(
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row)
@@ -106,10 +116,16 @@ def policy_loss_fwd_kernel(
             tau = tl.load(temperature_ptr + row)
         else:
             tau = tau * temperature
-        # Before the statistics, whose reductions are barriers: in place, another warp may soon
-        # overwrite z_a.
-        z_token = load_token_logit(z_ptr, token, vocab_size)
-        m, s, e = statistics(z_ptr, vocab_size, scale_of(tau), BLOCK)
+        c = scale_of(tau)
+        if ids_ptr is not None:
+            m, s, e, z_token = kept_statistics(
+                z_ptr, ids_ptr, offsets_ptr, row, capacity, token, vocab_size, c, BLOCK, KEPT
+            )
+        else:
+            # Before the statistics, whose reductions are barriers: in place, another warp may soon
+            # overwrite z_a.
+            z_token = load_token_logit(z_ptr, token, vocab_size)
+            m, s, e = statistics(z_ptr, vocab_size, c, BLOCK)
         logprob = logprob_of(m, s, z_token, tau)
         log_ratio = tl.full([], 0.0, tl.float64)
         if old_logprobs_ptr is not None:
@@ -150,6 +166,27 @@ def policy_loss_fwd_kernel(
         )
         if (g == 0.0) & (h == 0.0):
             write_zeros(to_ptr, width, BLOCK)
+        elif ids_ptr is not None:
+            write_kept_gradient(
+                z_ptr,
+                to_ptr,
+                ids_ptr,
+                offsets_ptr,
+                row,
+                capacity,
+                vocab_size,
+                width,
+                token,
+                m,
+                s,
+                e,
+                scale_of(tau),
+                tau,
+                weight * g,
+                weight * h,
+                BLOCK,
+                KEPT,
+            )
         else:
             write_gradient(
                 z_ptr,
@@ -171,6 +208,7 @@ def policy_loss_fwd_kernel(
 def policy_loss_fwd(
     logits,
     tokens,
+    kept,
     old_logprobs,
     advantages,
     weight,
@@ -192,9 +230,12 @@ def policy_loss_fwd(
     if r.count == 0:
         return
     temperature_ptr, number = _row.split_temperature(temperature)
+    ids, offsets, capacity = _kept.split(kept)
     policy_loss_fwd_kernel[(r.count,)](
         logits,
         tokens,
+        ids,
+        offsets,
         old_logprobs,
         advantages,
         weight,
@@ -204,6 +245,7 @@ def policy_loss_fwd(
         logprob,
         entropy,
         grad,
+        capacity,
         r.inner,
         r.stride_outer,
         r.stride_inner,
@@ -226,6 +268,7 @@ def policy_loss_fwd(
         ALIGN=r.align,
         GRAD_ALIGN=to.align,
         BLOCK=_row.TILE,
+        KEPT=_kept.TILE,
         **_row.LAUNCH,
     )
 

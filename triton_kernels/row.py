@@ -174,6 +174,13 @@ def tile_gradient(z, hit, m, c, inverse_s, mean_y, g, h):
 
 
 @triton.jit
+def gradient_terms(s, e, tau, g, h):
+    """(g/τ, h·ln2/τ, 1/s, E/s): what a row's gradient needs beside m and c."""
+    inverse_s = tl.div_rn(tl.full([], 1.0, tl.float32), s)
+    return g / tau, h / tau * 0.6931471805599453, inverse_s, e * inverse_s
+
+
+@triton.jit
 def write_gradient(
     z_ptr, grad_ptr, vocab_size, width, token, m, s, e, c, tau, g, h, BLOCK: tl.constexpr
 ):
@@ -184,10 +191,8 @@ def write_gradient(
     """
     # A token that is no column has no gradient to be right about.
     inside = (token >= 0) & (token < vocab_size)
-    g = tl.where(inside, g, float("nan")) / tau
-    h = h / tau * 0.6931471805599453
-    inverse_s = tl.div_rn(tl.full([], 1.0, tl.float32), s)
-    mean_y = e * inverse_s
+    g = tl.where(inside, g, float("nan"))
+    g, h, inverse_s, mean_y = gradient_terms(s, e, tau, g, h)
     tiles = (width + BLOCK - 1) // BLOCK
     for step in range(tiles):
         start = (tiles - 1 - step) * BLOCK

@@ -10,7 +10,8 @@
 
 A prefix is two numbers: the key of the last logit it keeps (`cut`, an integer in logit order) and
 the last id it keeps among the ties of that logit, found by bisection over keys, one sweep a step;
-nothing is sorted. Reported log-probs come from row.py, so they are the scorer's bits.
+nothing is sorted. Reported log-probs come from row.py and, over the kept set, from kept.py, so
+they are the scorer's bits.
 logits [B, V]; parameters, seed, position and outputs [B]; status bits as below.
 """
 
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import row as _row
+from .kept import exact_sums, sum_of
 from .row import (
     combine,
     load_tile,
@@ -170,7 +172,7 @@ def full_statistics(z_ptr, vocab_size, c, BLOCK: tl.constexpr):
 def kept_statistics(
     z_ptr,
     vocab_size,
-    top,
+    m,
     c,
     mass_c,
     top_is_inf,
@@ -179,10 +181,8 @@ def kept_statistics(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """(m, s, number, mass) of the kept set: row.statistics of the row with −inf outside the set."""
-    m = tl.full([], float("-inf"), tl.float32)
-    s = tl.full([], 0.0, tl.float32)
-    e = tl.full([], 0.0, tl.float32)
+    """(s, number, mass) of the kept set, which has the maximum m of the row; s as in kept.py."""
+    total = tl.full([], 0, tl.int64)
     number = tl.full([], 0, tl.int32)
     mass = tl.full([], 0, tl.int64)
     for start in range(0, vocab_size, BLOCK):
@@ -190,10 +190,10 @@ def kept_statistics(
         kept = is_kept(key_of(z, SHIFT), start + tl.arange(0, BLOCK), cut, last)
         z = tl.where(kept, z, float("-inf"))
         number += tl.sum(kept.to(tl.int32), 0)
-        mass += tl.sum(mass_of(z, top, mass_c), 0)
-        tile_m, tile_s, tile_e = tile_statistics(z, c)
-        m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
-    return m, s, number, mass
+        mass += tl.sum(mass_of(z, m, mass_c), 0)
+        part, _, _ = exact_sums(z, m, c)
+        total += part
+    return sum_of(total), number, mass
 
 
 @triton.jit
@@ -349,15 +349,16 @@ def sample_fwd_kernel(
                 floor_cut = (floor_key >> SHIFT).to(tl.int32)
                 last = tl.where(floor_cut > cut, vocab_size, last)
                 cut = tl.maximum(cut, floor_cut)
-            kept_m, kept_s, kept, pool = kept_statistics(
+            kept_s, kept, pool = kept_statistics(
                 z_ptr, vocab_size, m, c, mass_c, top_is_inf, cut, last, BLOCK, SHIFT
             )
+            kept_s = tl.where(kept == vocab_size, s, kept_s)
             bits = uniform_bits(tl.load(seed_ptr + row), tl.load(position_ptr + row))
             target = tl.umulhi(bits, pool.to(tl.uint64)).to(tl.int64)
             token = draw(z_ptr, vocab_size, m, mass_c, top_is_inf, cut, last, target, BLOCK, SHIFT)
             z_token = clean(load_token_logit(z_ptr, token, vocab_size), top_is_inf)
             full_logprob = tl.where(greedy, 0.0, logprob_of(m, s, z_token, tau))
-            logprob = tl.where(greedy, 0.0, logprob_of(kept_m, kept_s, z_token, tau))
+            logprob = tl.where(greedy, 0.0, logprob_of(m, kept_s, z_token, tau))
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logprob_ptr + row, logprob.to(tl.float32))
     tl.store(full_logprob_ptr + row, full_logprob.to(tl.float32))

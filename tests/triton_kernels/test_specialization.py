@@ -60,8 +60,8 @@ def step(length, temperature, eps):
     tokens = torch.empty(count + 1, dtype=torch.int64)[length % 2 :]
     stats = torch.empty(count, 4)
     terms = objective.terms(objective.DAPO(eps_high=eps), kl_coef=eps, entropy_coef=eps)
-    logprob.token_logprobs_fwd(logits, tokens, temperature, VOCAB, flat, flat, stats)
-    logprob.token_logprobs_bwd(logits, tokens, temperature, VOCAB, stats, flat, flat, logits)
+    logprob.token_logprobs_fwd(logits, tokens, None, temperature, VOCAB, flat, flat, stats)
+    logprob.token_logprobs_bwd(logits, tokens, None, temperature, VOCAB, stats, flat, flat, logits)
     policy_loss.policy_loss_fwd(
         logits,
         tokens,

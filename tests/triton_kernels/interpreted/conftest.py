@@ -51,12 +51,13 @@ def nan(*shape):
 
 @pytest.fixture
 def score():
-    def run(logits, tokens, temperature=1.0, vocab_size=None):
+    def run(logits, tokens, temperature=1.0, vocab_size=None, kept=None):
         count = tokens.numel()
         out = types.SimpleNamespace(logprob=nan(count), entropy=nan(count), stats=nan(count, 4))
         logprob.token_logprobs_fwd(
             logits,
             tokens.reshape(-1),
+            kept,
             temperature,
             vocab_size or logits.shape[-1],
             out.logprob,
@@ -81,6 +82,7 @@ def learn():
         ref=None,
         temperature=1.0,
         vocab_size=None,
+        kept=None,
         grad=None,
     ):
         count = tokens.numel()
@@ -89,6 +91,7 @@ def learn():
         policy_loss.policy_loss_fwd(
             logits,
             tokens.reshape(-1),
+            kept,
             old,
             advantages,
             weight,

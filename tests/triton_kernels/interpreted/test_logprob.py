@@ -26,7 +26,7 @@ def make(rows, vocab, dtype=torch.float32, scale=3.0, seed=0):
 def backward(logits, tokens, temperature, stats, g, h, vocab_size=None):
     grad = torch.full_like(logits, NAN)
     logprob.token_logprobs_bwd(
-        logits, tokens, temperature, vocab_size or logits.shape[-1], stats, g, h, grad
+        logits, tokens, None, temperature, vocab_size or logits.shape[-1], stats, g, h, grad
     )
     return grad
 
@@ -153,7 +153,7 @@ def test_strided_views_are_read_in_place(score):
     before, g = buffer.clone(), torch.ones(8)
     grad = torch.full_like(buffer, 7.0)
     inner = grad[::2, :-1, :60]
-    logprob.token_logprobs_bwd(view, tokens.reshape(-1), 1.0, 60, out.stats, g, None, inner)
+    logprob.token_logprobs_bwd(view, tokens.reshape(-1), None, 1.0, 60, out.stats, g, None, inner)
     truth = backward(view.contiguous().reshape(8, 60), tokens.reshape(-1), 1.0, out.stats, g, None)
     assert torch.equal(inner.reshape(8, 60), truth)
     inner.fill_(7.0)

@@ -250,6 +250,7 @@ def test_without_a_gradient_nothing_else_changes(learn, small_tiles):
     policy_loss.policy_loss_fwd(
         batch.logits,
         batch.tokens,
+        None,
         batch.old,
         batch.advantages,
         batch.weight,

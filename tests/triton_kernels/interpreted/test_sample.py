@@ -197,8 +197,8 @@ def test_logprobs_are_the_scorers_bits_and_match_float64(draw, score):
     logits = torch.randn(4, 150, generator=torch.Generator().manual_seed(5)) * 3
     out = draw(logits, temperature=0.7, top_k=20, top_p=0.9)
     assert torch.equal(out.full_logprob, score(logits, out.token, 0.7).logprob)
-    truncated = torch.where(out.mask, logits, -INF)
-    assert torch.equal(out.logprob, score(truncated, out.token, 0.7).logprob)
+    kept = (out.ids, out.offsets)
+    assert torch.equal(out.logprob, score(logits, out.token, 0.7, kept=kept).logprob)
     truth = reference.sample(
         logits, temperature=0.7, top_k=20, top_p=float(np.float32(0.9)), seed=torch.arange(4)
     )
