@@ -1,11 +1,11 @@
-# demo · test · test-gpu · bench · lint · docs: each sets up what it needs in .venv.
+# demo · test · test-gpu · test-peers · bench · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo test test-gpu bench bench-gpu lint docs clean
+.PHONY: setup build demo test test-gpu test-peers bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -23,10 +23,24 @@ demo: build
 	$(BIN)/pyrlk demo $(ARGS)
 
 test: build
-	$(BIN)/pytest tests -m "not gpu" $(ARGS)
+	$(BIN)/pytest tests -m "not gpu and not peers" $(ARGS)
 
 test-gpu: build
 	$(BIN)/pytest tests -m gpu $(ARGS)
+
+# The frameworks have many dependencies: they stay out of .venv. verl's losses need none of its own.
+PEERS := .venv-peers
+
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -c constraints.txt torch numpy "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
+	$(PEERS)/bin/pip install -q -c constraints.txt --no-build-isolation -e ".[peers]"
+	$(PEERS)/bin/pip install -q --no-deps verl==0.9.1
+	touch $@
+
+test-peers: $(PEERS)/.ready
+	PATH=$(CURDIR)/$(PEERS)/bin:$$PATH $(PEERS)/bin/python setup.py -q build_ext --inplace
+	$(PEERS)/bin/pytest tests/peers $(ARGS)
 
 bench: build
 	$(BIN)/pyrlk bench --write bench/results $(ARGS)
@@ -44,4 +58,4 @@ docs: build
 	$(BIN)/python -m pyrlk.bench.table README.md bench/results
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) pyrlk/_C*.so
+	rm -rf build dist *.egg-info $(VENV) $(PEERS) pyrlk/_C*.so

@@ -51,6 +51,13 @@ def _cells(row: dict) -> list[list[str]]:
             [f"{row['op']}, drop-in", shape, dtype, ms["drop_in"],
              f"{row['drop_in_over_fresh']:.2f}× allocate + copy{peers}", error],
         ]  # fmt: skip
+    if "linear" in ms:
+        memory = row["unfused_peak_bytes"] / max(1, row["linear_peak_bytes"])
+        ratio = (
+            f"{row['linear_over_products']:.2f}× its three products; all logits at once take "
+            f"{row['unfused_over_linear']:.2f}×, and {memory:.1f}× the memory"
+        )
+        return [[row["op"], shape, dtype, ms["linear"], ratio, f"{row['gradient_error']:.1e}"]]
     ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
     return [
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",

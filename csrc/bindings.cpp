@@ -46,6 +46,7 @@ void bind_kernels(py::module_& module) {
   // (address, dtype, rows, vocab, width, inner, stride_outer, stride_inner): see kernels::Rows.
   using PyRows = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
   using PyTemperature = std::tuple<double, Address>;
+  using PyKept = std::pair<Address, Address>;  // ids, offsets
   // (clipped, eps_low, eps_high, dual_clip, delta, kl, kl_coef, kl_importance, entropy_coef)
   using PyTerms = std::tuple<bool, double, double, double, double, int, double, bool, double>;
   static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
@@ -57,6 +58,9 @@ void bind_kernels(py::module_& module) {
   };
   static const auto to_temperature = [](const PyTemperature& t) {
     return pyrlk::Temperature{std::get<0>(t), pointer(std::get<1>(t))};
+  };
+  static const auto to_kept = [](const PyKept& k) {
+    return pyrlk::KeptIds{static_cast<const int32_t*>(pointer(k.first)), int64s(k.second)};
   };
   static const auto to_terms = [](const PyTerms& t) {
     const auto& [clipped, low, high, dual_clip, delta, kl, kl_coef, kl_importance, entropy] = t;
@@ -70,50 +74,49 @@ void bind_kernels(py::module_& module) {
   module.def("advise_huge_pages", &pyrlk::advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
       "token_logprobs",
-      [](const PyRows& logits, Address tokens, const PyTemperature& temperature, Address logprob,
-         Address entropy, Address stats, int threads) {
+      [](const PyRows& logits, Address tokens, const PyKept& kept, const PyTemperature& temperature,
+         Address logprob, Address entropy, Address stats, int threads) {
         const py::gil_scoped_release nogil;
-        return pyrlk::token_logprobs(to_rows(logits), int64s(tokens), to_temperature(temperature),
-                                     pointer(logprob), pointer(entropy), pointer(stats), threads);
+        return pyrlk::token_logprobs(to_rows(logits), int64s(tokens), to_kept(kept),
+                                     to_temperature(temperature), pointer(logprob),
+                                     pointer(entropy), pointer(stats), threads);
       },
-      py::arg("logits"), py::arg("tokens"), py::arg("temperature"), py::arg("logprob"),
-      py::arg("entropy"), py::arg("stats"), py::arg("threads"));
+      py::arg("logits"), py::arg("tokens"), py::arg("kept"), py::arg("temperature"),
+      py::arg("logprob"), py::arg("entropy"), py::arg("stats"), py::arg("threads"));
   module.def(
       "token_logprobs_backward",
-      [](const PyRows& logits, Address tokens, const PyTemperature& temperature, Address stats,
-         Address grad_logprob, Address grad_entropy, const PyRows& grad, int threads) {
+      [](const PyRows& logits, Address tokens, const PyKept& kept, const PyTemperature& temperature,
+         Address stats, Address grad_logprob, Address grad_entropy, const PyRows& grad,
+         int threads) {
         const py::gil_scoped_release nogil;
-        pyrlk::token_logprobs_backward(to_rows(logits), int64s(tokens), to_temperature(temperature),
-                                       pointer(stats), pointer(grad_logprob), pointer(grad_entropy),
-                                       to_rows(grad), threads);
+        pyrlk::token_logprobs_backward(
+            to_rows(logits), int64s(tokens), to_kept(kept), to_temperature(temperature),
+            pointer(stats), pointer(grad_logprob), pointer(grad_entropy), to_rows(grad), threads);
       },
-      py::arg("logits"), py::arg("tokens"), py::arg("temperature"), py::arg("stats"),
-      py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad"), py::arg("threads"));
+      py::arg("logits"), py::arg("tokens"), py::arg("kept"), py::arg("temperature"),
+      py::arg("stats"), py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad"),
+      py::arg("threads"));
   module.def(
       "policy_loss",
-      [](const PyRows& logits, Address tokens, Address old_logprobs, Address advantages,
-         Address weight, Address ref_logprobs, const PyTemperature& temperature,
+      [](const PyRows& logits, Address tokens, const PyKept& kept, Address old_logprobs,
+         Address advantages, Address weight, Address ref_logprobs, const PyTemperature& temperature,
          const PyTerms& terms, Address loss, Address logprob, Address entropy,
          const std::optional<PyRows>& grad, int threads) {
         const pyrlk::Rows out = grad ? to_rows(*grad) : pyrlk::Rows{};
-        const pyrlk::PolicyLossArgs args{to_rows(logits),
-                                         int64s(tokens),
-                                         pointer(old_logprobs),
-                                         pointer(advantages),
-                                         pointer(weight),
-                                         pointer(ref_logprobs),
-                                         to_temperature(temperature),
-                                         to_terms(terms),
-                                         pointer(loss),
-                                         pointer(logprob),
-                                         pointer(entropy),
+        const pyrlk::PolicyLossArgs args{to_rows(logits),       int64s(tokens),
+                                         to_kept(kept),         pointer(old_logprobs),
+                                         pointer(advantages),   pointer(weight),
+                                         pointer(ref_logprobs), to_temperature(temperature),
+                                         to_terms(terms),       pointer(loss),
+                                         pointer(logprob),      pointer(entropy),
                                          grad ? &out : nullptr};
         const py::gil_scoped_release nogil;
         return pyrlk::policy_loss(args, threads);
       },
-      py::arg("logits"), py::arg("tokens"), py::arg("old_logprobs"), py::arg("advantages"),
-      py::arg("weight"), py::arg("ref_logprobs"), py::arg("temperature"), py::arg("terms"),
-      py::arg("loss"), py::arg("logprob"), py::arg("entropy"), py::arg("grad"), py::arg("threads"));
+      py::arg("logits"), py::arg("tokens"), py::arg("kept"), py::arg("old_logprobs"),
+      py::arg("advantages"), py::arg("weight"), py::arg("ref_logprobs"), py::arg("temperature"),
+      py::arg("terms"), py::arg("loss"), py::arg("logprob"), py::arg("entropy"), py::arg("grad"),
+      py::arg("threads"));
   module.def(
       "reinforce_grad",
       [](const PyRows& logits, Address tokens, Address advantages, const PyTemperature& temperature,

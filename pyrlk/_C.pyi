@@ -8,6 +8,8 @@ from array import array
 _Rows = tuple[int, int, int, int, int, int, int, int]
 # (number, address of a per-token array or 0)
 _Temperature = tuple[float, int]
+# CSR of kept ids: (address of ids or 0, address of offsets)
+_Kept = tuple[int, int]
 # (clipped, eps_low, eps_high, dual_clip, delta, kl, kl_coef, kl_importance, entropy_coef)
 _Terms = tuple[bool, float, float, float, float, int, float, bool, float]
 
@@ -17,6 +19,7 @@ def advise_huge_pages(address: int, bytes: int) -> None: ...
 def token_logprobs(
     logits: _Rows,
     tokens: int,
+    kept: _Kept,
     temperature: _Temperature,
     logprob: int,
     entropy: int,
@@ -26,6 +29,7 @@ def token_logprobs(
 def token_logprobs_backward(
     logits: _Rows,
     tokens: int,
+    kept: _Kept,
     temperature: _Temperature,
     stats: int,
     grad_logprob: int,
@@ -36,6 +40,7 @@ def token_logprobs_backward(
 def policy_loss(
     logits: _Rows,
     tokens: int,
+    kept: _Kept,
     old_logprobs: int,
     advantages: int,
     weight: int,

@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 _HOME = {
     "sample": "sampling",
     "Sample": "sampling",
-    "Support": "sampling",
+    "Support": "support",
     "token_logprobs": "logprob",
+    "linear_token_logprobs": "linear",
     "dapo_loss": "loss",
     "reinforce_loss": "loss",
     "policy_loss": "loss",
+    "linear_policy_loss": "linear",
     "policy_loss_from_logprobs": "loss",
     "reinforce_grad": "loss",
     "normalizer": "loss",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from .batch import group_advantages as group_advantages
     from .batch import informative_groups as informative_groups
     from .batch import soft_overlong_penalty as soft_overlong_penalty
+    from .linear import linear_policy_loss as linear_policy_loss
+    from .linear import linear_token_logprobs as linear_token_logprobs
     from .logprob import token_logprobs as token_logprobs
     from .loss import PolicyStats as PolicyStats
     from .loss import dapo_loss as dapo_loss
@@ -81,8 +85,8 @@ if TYPE_CHECKING:
     from .objective import DrGRPO as DrGRPO
     from .objective import KLCov as KLCov
     from .sampling import Sample as Sample
-    from .sampling import Support as Support
     from .sampling import sample as sample
+    from .support import Support as Support
 
 
 def __getattr__(name: str):

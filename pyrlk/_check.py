@@ -73,7 +73,7 @@ def flag(name: str, x) -> bool:
     return x
 
 
-def logits(x, name: str = "logits") -> Tensor:
+def logits(x, name: str = "logits", width: str = "V") -> Tensor:
     """Logits [..., V] with V ≥ 1, last stride 1, and rows that two strides address."""
     x = tensor(name, x)
     allowed = (*LOGITS_DTYPES, torch.float64) if x.device.type == "cpu" else LOGITS_DTYPES
@@ -81,7 +81,9 @@ def logits(x, name: str = "logits") -> Tensor:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be {wanted} on {x.device.type}, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"{name} must have shape [..., V] with V ≥ 1, got {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape [..., {width}] with {width} ≥ 1, got {list(x.shape)}"
+        )
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} must have stride 1 in its last dimension, got strides {list(x.stride())}; "
@@ -142,8 +144,8 @@ def shaped(name: str, x: Tensor, shape) -> Tensor:
     return x
 
 
-def tokens(x, z: Tensor, shape) -> Tensor:
-    x = like("tokens", x, z)
+def tokens(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
+    x = like("tokens", x, z, other_name)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
     return shaped("tokens", x, shape)
@@ -169,20 +171,20 @@ def mask(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
     return shaped("mask", x, shape)
 
 
-def temperature(x, z: Tensor, shape) -> tuple[float, Tensor | None]:
+def temperature(x, z: Tensor, shape, other_name="logits") -> tuple[float, Tensor | None]:
     """(number, per-token tensor or None); τ > 0."""
     if isinstance(x, Tensor):
-        return 1.0, floating("temperature", x, z, shape)
+        return 1.0, floating("temperature", x, z, shape, other_name)
     value = number("temperature", x, 0.0, above=True)
     return value if z.dtype == torch.float64 else float32_number("temperature", value), None
 
 
-def vocab_size(x, z: Tensor) -> int:
+def vocab_size(x, z: Tensor, dim: int = -1) -> int:
     if x is None:
-        return z.shape[-1]
+        return z.shape[dim]
     x = integer("vocab_size", x)
-    if not 1 <= x <= z.shape[-1]:
-        raise ValueError(f"vocab_size must lie in [1, {z.shape[-1]}], got {x}")
+    if not 1 <= x <= z.shape[dim]:
+        raise ValueError(f"vocab_size must lie in [1, {z.shape[dim]}], got {x}")
     return x
 
 
@@ -253,4 +255,6 @@ def normalizer_value(x: Tensor | None) -> None:
 def bad_token(at: int, tokens: Tensor, vocab: int) -> None:
     """Turns a kernel's answer (first bad index, or −1) into an error."""
     if at >= 0:
-        raise ValueError(f"tokens[{at}] = {tokens.reshape(-1)[at].item()} is outside [0, {vocab})")
+        token = int(tokens.reshape(-1)[at])
+        where = "its support" if 0 <= token < vocab else f"[0, {vocab})"
+        raise ValueError(f"tokens[{at}] = {token} is outside {where}")

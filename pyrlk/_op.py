@@ -65,12 +65,16 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
 
 
+def empty(shape, dtype: torch.dtype, device) -> Tensor:
+    """Fresh contiguous memory; with huge pages, or its page faults cost more than the op."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    if x.device.type == "cpu" and x.nbytes > _HUGE:
+        _C.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
 def empty_gradient(logits: Tensor) -> Tensor:
-    """A fresh contiguous gradient; with huge pages, or its page faults cost more than the op."""
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if grad.device.type == "cpu" and grad.nbytes > _HUGE:
-        _C.advise_huge_pages(grad.data_ptr(), grad.nbytes)
-    return grad
+    return empty(logits.shape, logits.dtype, logits.device)
 
 
 def _scale_cuda(x: Tensor, factor: Tensor) -> None:

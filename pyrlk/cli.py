@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,9 @@ def _demo_parser(commands) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    # Trainer and engine take turns on the same cores: threads that wait must not spin. OpenMP reads
+    # this once, when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import matplotlib  # noqa: F401
         import rich  # noqa: F401

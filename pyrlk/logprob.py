@@ -8,12 +8,15 @@ Forward reads the logits once and keeps 4 floats a token; backward reads once an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C, _check, _op
+from . import support as _support
+from .support import Support
 
 
 def token_logprobs(
@@ -21,6 +24,7 @@ def token_logprobs(
     tokens: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
 ) -> Any:  # Tensor, or (Tensor, Tensor)
@@ -34,6 +38,9 @@ def token_logprobs(
         −100 means: the result is 0, without gradient, and the row is never read.
     temperature : number > 0, or a float tensor of the leading shape
         Gradients carry its 1/τ.
+    support : Support, optional
+        The kept set of each token: log-prob and entropy are over it alone, the gradient outside it
+        is 0. A token outside its kept set is a ValueError on CPU, NaN on CUDA.
     vocab_size : int, optional
         True size under a padded head: columns from there on are not read and get gradient 0.
     return_entropy : bool
@@ -56,7 +63,10 @@ def token_logprobs(
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
     with_entropy = _check.flag("return_entropy", return_entropy)
-    logprob, entropy, _ = _token_logprobs(z, tokens, number, per_token, vocab, with_entropy)
+    ids, offsets = _support.check(support, z, shape)
+    logprob, entropy, _ = _token_logprobs(
+        z, tokens, ids, offsets, number, per_token, vocab, with_entropy
+    )
     return (logprob, entropy) if with_entropy else logprob
 
 
@@ -68,81 +78,127 @@ def _outputs(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor
     return logprob, entropy, logits.new_empty((*shape, 4), dtype=dtype)
 
 
-def _forward_fake(logits, tokens, temperature, temperatures, vocab, with_entropy):
+def _forward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy):
     return _outputs(logits, with_entropy)
 
 
-def _forward_cuda(logits, tokens, temperature, temperatures, vocab, with_entropy):
+WHOLE = (None, None)  # the kept set (ids, offsets) of a distribution over the whole vocabulary
+
+
+def statistics_cpu(
+    logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
+) -> None:
+    """Fills logprob, entropy (unless None) and stats [T, 4]; all flat, of the compute dtype."""
+    _support.check_values(*kept, vocab)
+    bad = _C.token_logprobs(
+        _op.rows(logits, vocab),
+        actions.data_ptr(),
+        (_op.address(kept[0]), _op.address(kept[1])),
+        (temperature, _op.address(temperatures)),
+        logprob.data_ptr(),
+        _op.address(entropy),
+        stats.data_ptr(),
+        _op.threads(),
+    )
+    _check.bad_token(bad, actions, vocab)
+
+
+def statistics_cuda(
+    logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
+) -> None:
     from .triton_kernels import logprob as kernels
 
-    out = _outputs(logits, with_entropy)
-    if out[0].numel():
+    _support.check_cuda(kept[0])
+    if actions.numel():
+        tau = temperature if temperatures is None else temperatures
         kernels.token_logprobs_fwd(
-            logits,
-            _op.flat(tokens, torch.int64),
-            temperature if temperatures is None else _op.flat(temperatures, torch.float32),
-            vocab,
-            out[0].view(-1),
-            out[1] if with_entropy else None,
-            out[2].view(-1, 4),
+            logits, actions, tau, vocab, logprob.view(-1), entropy, stats.view(-1, 4)
         )
-    return out
 
 
-@_op.op("token_logprobs", fake=_forward_fake, cuda=_forward_cuda)
+def gradient_cpu(
+    logits, actions, kept, temperature, temperatures, vocab, stats, g, h, grad
+) -> None:
+    """Fills grad, which may be logits, from the statistics and the slopes (None is 0)."""
+    _C.token_logprobs_backward(
+        _op.rows(logits, vocab),
+        actions.data_ptr(),
+        (_op.address(kept[0]), _op.address(kept[1])),
+        (temperature, _op.address(temperatures)),
+        stats.data_ptr(),
+        _op.address(g),
+        _op.address(h),
+        _op.rows(grad, vocab),
+        _op.threads(),
+    )
+
+
+def gradient_cuda(
+    logits, actions, kept, temperature, temperatures, vocab, stats, g, h, grad
+) -> None:
+    from .triton_kernels import logprob as kernels
+
+    _support.check_cuda(kept[0])
+    if actions.numel():
+        tau = temperature if temperatures is None else temperatures
+        kernels.token_logprobs_bwd(logits, actions, tau, vocab, stats.view(-1, 4), g, h, grad)
+
+
+def _forward(statistics: Callable):
+    def token_logprobs_op(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy
+    ):
+        out = logprob, entropy, stats = _outputs(logits, with_entropy)
+        if logits.device.type == "cpu":
+            _check.temperature_values(temperatures, tokens != -100)
+        tau, actions = _op.flat(temperatures, stats.dtype), _op.flat(tokens, torch.int64)
+        wanted, kept = entropy if with_entropy else None, (ids, offsets)
+        statistics(logits, actions, kept, temperature, tau, vocab, logprob, wanted, stats)
+        return out
+
+    return token_logprobs_op
+
+
+@_op.op("token_logprobs", fake=_forward_fake, cuda=_forward(statistics_cuda))
 def _token_logprobs(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     vocab: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob, entropy or empty, row statistics (m, S, E, z_a))."""
-    logprob, entropy, stats = _outputs(logits, with_entropy)
-    ids = _op.flat(tokens, torch.int64)
-    assert ids is not None
-    _check.temperature_values(temperatures, tokens != -100)
-    tau = _op.flat(temperatures, logprob.dtype)
-    bad = _C.token_logprobs(
-        _op.rows(logits, vocab),
-        ids.data_ptr(),
-        (temperature, _op.address(tau)),
-        logprob.data_ptr(),
-        entropy.data_ptr() if with_entropy else 0,
-        stats.data_ptr(),
-        _op.threads(),
+    return _forward(statistics_cpu)(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy
     )
-    _check.bad_token(bad, ids, vocab)
-    return logprob, entropy, stats
 
 
-def _backward_fake(logits, tokens, temperature, temperatures, vocab, stats, g, h):
+def _backward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _backward_cuda(logits, tokens, temperature, temperatures, vocab, stats, g, h):
-    from .triton_kernels import logprob as kernels
+def _backward_by(gradient: Callable):
+    def token_logprobs_backward_op(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h
+    ):
+        grad = _op.empty_gradient(logits)
+        g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
+        actions, kept = _op.flat(tokens, torch.int64), (ids, offsets)
+        gradient(logits, actions, kept, temperature, tau, vocab, stats, g, h, grad)
+        return grad
 
-    grad = _op.empty_gradient(logits)
-    if tokens.numel():
-        kernels.token_logprobs_bwd(
-            logits,
-            _op.flat(tokens, torch.int64),
-            temperature if temperatures is None else _op.flat(temperatures, torch.float32),
-            vocab,
-            stats.view(-1, 4),
-            _op.flat(g, torch.float32),
-            _op.flat(h, torch.float32),
-            grad,
-        )
-    return grad
+    return token_logprobs_backward_op
 
 
-@_op.op("token_logprobs_backward", fake=_backward_fake, cuda=_backward_cuda)
+@_op.op("token_logprobs_backward", fake=_backward_fake, cuda=_backward_by(gradient_cuda))
 def _token_logprobs_backward(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     vocab: int,
@@ -151,38 +207,27 @@ def _token_logprobs_backward(
     h: Tensor | None,
 ) -> Tensor:
     """∂ℓ/∂logits from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H."""
-    grad = _op.empty_gradient(logits)
-    ids = _op.flat(tokens, torch.int64)
-    g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
-    _C.token_logprobs_backward(
-        _op.rows(logits, vocab),
-        _op.address(ids),
-        (temperature, _op.address(tau)),
-        stats.data_ptr(),
-        _op.address(g),
-        _op.address(h),
-        _op.rows(grad, vocab),
-        _op.threads(),
+    return _backward_by(gradient_cpu)(
+        logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h
     )
-    return grad
 
 
 def _setup(ctx, inputs, output):
-    logits, tokens, temperature, temperatures, vocab, with_entropy = inputs
-    ctx.save_for_backward(logits, tokens, temperatures, output[2])
+    logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy = inputs
+    ctx.save_for_backward(logits, tokens, ids, offsets, temperatures, output[2])
     ctx.temperature, ctx.vocab, ctx.with_entropy = temperature, vocab, with_entropy
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, h, _stats):
-    logits, tokens, temperatures, stats = ctx.saved_tensors
+    logits, tokens, ids, offsets, temperatures, stats = ctx.saved_tensors
     if g is None and h is None:
-        return (None,) * 6
+        return (None,) * 8
     h = h if ctx.with_entropy else None
     grad = _token_logprobs_backward(
-        logits, tokens, ctx.temperature, temperatures, ctx.vocab, stats, g, h
+        logits, tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab, stats, g, h
     )
-    return grad, None, None, None, None, None
+    return (grad, *(None,) * 7)
 
 
 def _no_double_backward(ctx, *_grads):

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from . import _C, _check, _op
 from . import objective as _objective
+from . import support as _support
 from .logprob import token_logprobs
 from .objective import AGGREGATIONS, DAPO, KL_KINDS, REINFORCE, TIS, Objective, Sequences, Terms
+from .support import Support
 
 
 class PolicyStats(NamedTuple):
@@ -94,6 +96,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     rollout_logprobs: Tensor | None = None,
     correction: TIS | None = None,
+    support: Support | None = None,
     vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -125,6 +128,8 @@ def policy_loss(
     rollout_logprobs, correction
         The engine's own log-probs, and TIS(...): w = exp(old − rollout), truncated, detached,
         multiplies the policy term.
+    support : Support, optional
+        The kept set of each token: the policy is over it alone, the gradient outside it is 0.
     vocab_size : int, optional
         Columns from there on are padding: not read, gradient 0.
     cu_seqlens : [sequences + 1] int32 or int64, optional
@@ -169,23 +174,26 @@ def policy_loss(
     )
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
+    kept = _support.check(support, z, shape)
     _check.flag("return_stats", return_stats)
     if _check.flag("inplace", inplace):
         _check_inplace(z)
 
-    one_launch = isinstance(objective, Objective) and objective.fused
-    if not one_launch or (correction is not None and old_logprobs is None):
-        keep = tokens if mask is None else torch.where(mask != 0, tokens, -100)
-        logprobs, entropy = token_logprobs(
-            z, keep, temperature=temperature, vocab_size=vocab, return_entropy=True
-        )
-        return policy_loss_from_logprobs(
-            logprobs,
+    if not _one_launch(objective, correction, old_logprobs):
+        return _two_launches(
+            lambda keep: token_logprobs(
+                z,
+                keep,
+                temperature=temperature,
+                support=support,
+                vocab_size=vocab,
+                return_entropy=True,
+            ),
+            tokens,
+            mask,
             old_logprobs,
             advantages,
-            keep != -100 if mask is None else torch.where(keep != -100, mask, 0),
             objective=objective,
-            entropy=entropy,
             ref_logprobs=ref_logprobs,
             kl_coef=kl_coef,
             kl=kl,
@@ -203,7 +211,7 @@ def policy_loss(
         objective, correction, KL_KINDS.index(kl), kl_coef, kl_importance, entropy_coef
     )
     integers += [int(return_stats)]
-    arguments = (tokens, *options, per_token, number, vocab, integers, numbers)
+    arguments = (tokens, *kept, *options, per_token, number, vocab, integers, numbers)
     plain = z.detach()
     if inplace and wants_grad:
         loss, stats = _policy_loss_(plain, *arguments)
@@ -213,6 +221,23 @@ def policy_loss(
     if wants_grad:
         loss = _attach_grad(z, grad, loss)
     return (loss, PolicyStats(*stats.unbind())) if return_stats else loss
+
+
+def _one_launch(objective, correction, old_logprobs) -> bool:
+    """Whether a row's gradient follows from the row and its own scalars alone."""
+    fused = isinstance(objective, Objective) and objective.fused
+    return fused and (correction is None or old_logprobs is not None)
+
+
+def _two_launches(score: Callable, tokens, mask, old_logprobs, advantages, **options) -> Any:
+    """The loss by way of log-probs and autograd: `score` maps tokens to (logprob, entropy)."""
+    keep = tokens if mask is None else torch.where(mask != 0, tokens, -100)
+    counted = keep != -100
+    mask = counted if mask is None else torch.where(counted, mask, 0)
+    logprobs, entropy = score(keep)
+    return policy_loss_from_logprobs(
+        logprobs, old_logprobs, advantages, mask, entropy=entropy, **options
+    )
 
 
 def _options(
@@ -264,11 +289,17 @@ def _options(
             raise ValueError("rollout_logprobs is needed where correction is given")
         if correction.level == "sequence" and seqs is None:
             raise ValueError("cu_seqlens is needed: correction is per sequence and tokens are flat")
-    if isinstance(objective, Objective) and objective.aggregation != "token" and seqs is None:
-        raise ValueError(
-            f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
-            f"({objective.aggregation!r}) and the tokens are flat"
-        )
+    if isinstance(objective, Objective) and seqs is None:
+        if objective.aggregation != "token":
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} aggregates over sequences "
+                f"({objective.aggregation!r}) and the tokens are flat"
+            )
+        if objective.over_sequences:
+            raise ValueError(
+                f"cu_seqlens is needed: {type(objective).__name__} has a term over each sequence "
+                "and the tokens are flat"
+            )
     if isinstance(normalizer, Tensor):
         if _check.like("normalizer", normalizer, z, name).dim() != 0:
             raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")
@@ -324,6 +355,8 @@ class _Plan(NamedTuple):
 
     terms: Terms
     tokens: Tensor
+    ids: Tensor | None
+    offsets: Tensor | None
     old: Tensor | None
     advantages: Tensor
     weight: Tensor
@@ -332,10 +365,26 @@ class _Plan(NamedTuple):
     mask: Tensor
     correction: Tensor | None
 
+    def take(self, rows: slice | Tensor) -> _Plan:
+        """The same for some of the tokens, as far as the kernel reads it."""
+
+        def at(x):
+            return None if x is None else x[rows]
+
+        return self._replace(
+            tokens=self.tokens[rows],
+            old=at(self.old),
+            advantages=self.advantages[rows],
+            weight=self.weight[rows],
+            ref=at(self.ref),
+            temperatures=at(self.temperatures),
+        )
+
 
 def _prepare(
-    logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures, ints, numbers
-) -> _Plan:
+    logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
+    vocab, ints, numbers,
+) -> _Plan:  # fmt: skip
     clipped, aggregation, kl, kl_importance, level, masked_mode, _ = ints
     eps_low, eps_high, dual_clip, delta, kl_coef, entropy_coef, max_length, max_ratio = numbers
     t = Terms(
@@ -358,6 +407,7 @@ def _prepare(
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(normalizer)
         _check.temperature_values(temperatures, counted)
+        _support.check_values(ids, offsets, vocab)
     m = counted.to(dtype) if mask is None else torch.where(counted, mask.to(dtype), 0)
     seqs = _objective.sequences(shape, cu)
     rule = _objective.Weighting(AGGREGATIONS[aggregation], max_length)
@@ -372,6 +422,8 @@ def _prepare(
     return _Plan(
         t,
         _op.flat(tokens, torch.int64),
+        ids,
+        offsets,
         _op.flat(old, dtype),
         _op.flat(spread, dtype),
         _op.flat(weight, dtype),
@@ -382,18 +434,18 @@ def _prepare(
     )
 
 
-def _finish(plan: _Plan, per_token: Tensor, logprob: Tensor, entropy: Tensor | None, want: bool):
+def _finish(plan: _Plan, out: _PerToken, want: bool) -> tuple[Tensor, Tensor]:
     """(loss, statistics) from the kernel's per-token results."""
-    loss = (per_token.double() * plan.weight.double()).sum().to(per_token.dtype)
+    loss = (out.loss.double() * plan.weight.double()).sum().to(out.loss.dtype)
     if not want:
-        return loss, per_token.new_empty(0)
+        return loss, loss.new_empty(0)
     stats = _statistics(
-        logprob,
+        out.logprob,
         plan.old,
         plan.advantages,
         plan.mask,
         plan.ref,
-        entropy,
+        out.entropy,
         plan.correction,
         plan.terms,
     )
@@ -432,19 +484,34 @@ def _statistics(logprob, old, advantages, mask, ref, entropy, factor, t: Terms) 
     )
 
 
-def _buffers(logits: Tensor, plan: _Plan, want_stats: bool):
-    count, dtype = plan.tokens.numel(), plan.weight.dtype
+class _PerToken(NamedTuple):
+    """What the kernel says of each token."""
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor | None
+
+    def take(self, rows: slice) -> _PerToken:
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return _PerToken(self.loss[rows], self.logprob[rows], entropy)
+
+
+def _per_token(like: Tensor, plan: _Plan, count: int, want_stats: bool) -> _PerToken:
     with_entropy = plan.terms.entropy_coef != 0 or want_stats
-    loss, logprob = logits.new_empty(count, dtype=dtype), logits.new_empty(count, dtype=dtype)
-    return loss, logprob, logits.new_empty(count, dtype=dtype) if with_entropy else None
+
+    def empty():
+        return like.new_empty(count, dtype=plan.weight.dtype)
+
+    return _PerToken(empty(), empty(), empty() if with_entropy else None)
 
 
-def _run_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, grad):
-    loss, logprob, entropy = _buffers(logits, plan, want)
+def _rows_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: _PerToken, grad):
+    """Fills `out` and, unless it is None, `grad`, which may be `logits`."""
     t = plan.terms
     bad = _C.policy_loss(
         _op.rows(logits, vocab),
         plan.tokens.data_ptr(),
+        (_op.address(plan.ids), _op.address(plan.offsets)),
         _op.address(plan.old),
         plan.advantages.data_ptr(),
         plan.weight.data_ptr(),
@@ -461,20 +528,19 @@ def _run_cpu(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, 
             t.kl_importance,
             t.entropy_coef,
         ),
-        loss.data_ptr(),
-        logprob.data_ptr(),
-        _op.address(entropy),
+        out.loss.data_ptr(),
+        out.logprob.data_ptr(),
+        _op.address(out.entropy),
         None if grad is None else _op.rows(grad, vocab),
         _op.threads(),
     )
     _check.bad_token(bad, plan.tokens, vocab)
-    return _finish(plan, loss, logprob, entropy, want)
 
 
-def _run_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want, grad):
+def _rows_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, out: _PerToken, grad):
     from .triton_kernels import policy_loss as kernels
 
-    loss, logprob, entropy = _buffers(logits, plan, want)
+    _support.check_cuda(plan.ids)
     if plan.tokens.numel():
         kernels.policy_loss_fwd(
             logits,
@@ -486,12 +552,11 @@ def _run_cuda(logits: Tensor, plan: _Plan, temperature: float, vocab: int, want,
             temperature if plan.temperatures is None else plan.temperatures,
             vocab,
             plan.terms,
-            loss,
-            logprob,
-            entropy,
+            out.loss,
+            out.logprob,
+            out.entropy,
             grad,
         )
-    return _finish(plan, loss, logprob, entropy, want)
 
 
 def _results_fake(logits: Tensor, ints) -> tuple[Tensor, Tensor]:
@@ -499,17 +564,23 @@ def _results_fake(logits: Tensor, ints) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=dtype), logits.new_empty(9 if ints[-1] else 0, dtype=dtype)
 
 
-def _fused(run: Callable):
+def _run(rows: Callable, logits, plan: _Plan, temperature, vocab, want: bool, grad):
+    out = _per_token(logits, plan, plan.tokens.numel(), want)
+    rows(logits, plan, temperature, vocab, out, grad)
+    return _finish(plan, out, want)
+
+
+def _fused(rows: Callable):
     def policy_loss_op(
-        logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-        temperature, vocab, ints, numbers, want_grad,
+        logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+        temperatures, temperature, vocab, ints, numbers, want_grad,
     ):  # fmt: skip
         plan = _prepare(
-            logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-            ints, numbers,
+            logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+            temperatures, vocab, ints, numbers,
         )  # fmt: skip
         grad = _op.empty_gradient(logits) if want_grad else None
-        loss, stats = run(logits, plan, temperature, vocab, bool(ints[-1]), grad)
+        loss, stats = _run(rows, logits, plan, temperature, vocab, bool(ints[-1]), grad)
         return loss, logits.new_empty(0) if grad is None else grad, stats
 
     return policy_loss_op
@@ -522,10 +593,12 @@ def _fused_fake(logits, *rest):
     return loss, grad if want_grad else logits.new_empty(0), stats
 
 
-@_op.op("policy_loss", fake=_fused_fake, cuda=_fused(_run_cuda))
+@_op.op("policy_loss", fake=_fused_fake, cuda=_fused(_rows_cuda))
 def _policy_loss(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
@@ -541,22 +614,23 @@ def _policy_loss(
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient by the logits or an empty tensor, statistics or an empty tensor)."""
-    return _fused(_run_cpu)(
-        logits, tokens, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens,
-        normalizer, temperatures, temperature, vocab, integers, numbers, want_grad,
+    return _fused(_rows_cpu)(
+        logits, tokens, ids, offsets, old_logprobs, advantages, mask, ref_logprobs,
+        rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, integers,
+        numbers, want_grad,
     )  # fmt: skip
 
 
-def _fused_inplace(run: Callable):
+def _fused_inplace(rows: Callable):
     def policy_loss_op_(
-        logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-        temperature, vocab, ints, numbers,
+        logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+        temperatures, temperature, vocab, ints, numbers,
     ):  # fmt: skip
         plan = _prepare(
-            logits, tokens, old, advantages, mask, ref, rollout, cu, normalizer, temperatures,
-            ints, numbers,
+            logits, tokens, ids, offsets, old, advantages, mask, ref, rollout, cu, normalizer,
+            temperatures, vocab, ints, numbers,
         )  # fmt: skip
-        return run(logits, plan, temperature, vocab, bool(ints[-1]), logits)
+        return _run(rows, logits, plan, temperature, vocab, bool(ints[-1]), logits)
 
     return policy_loss_op_
 
@@ -566,11 +640,13 @@ def _fused_inplace_fake(logits, *rest):
 
 
 @_op.op(
-    "policy_loss_", fake=_fused_inplace_fake, cuda=_fused_inplace(_run_cuda), mutates=("logits",)
+    "policy_loss_", fake=_fused_inplace_fake, cuda=_fused_inplace(_rows_cuda), mutates=("logits",)
 )
 def _policy_loss_(
     logits: Tensor,
     tokens: Tensor,
+    ids: Tensor | None,
+    offsets: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
@@ -585,9 +661,10 @@ def _policy_loss_(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics); the gradient takes the place of the logits."""
-    return _fused_inplace(_run_cpu)(
-        logits, tokens, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, cu_seqlens,
-        normalizer, temperatures, temperature, vocab, integers, numbers,
+    return _fused_inplace(_rows_cpu)(
+        logits, tokens, ids, offsets, old_logprobs, advantages, mask, ref_logprobs,
+        rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, integers,
+        numbers,
     )  # fmt: skip
 
 
@@ -713,7 +790,8 @@ def policy_loss_from_logprobs(
     else:
         behaviour = logprobs.detach() if old is None else old
         if isinstance(objective, Objective):
-            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor)
+            level = "token" if correction is None else correction.level
+            batch = _objective.Batch(logprobs, behaviour, advantages, m, seqs, factor, level)
             own = objective.policy_term(batch)
         else:
             own = _called(objective, logprobs, behaviour, policy_advantages, m)
@@ -737,6 +815,11 @@ def _called(objective: Callable, *arguments: Tensor) -> Tensor:
             f"objective must return per-token losses {list(shape)} or a 0-d loss, got "
             f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
         )
+    z = arguments[0]
+    if loss.device != z.device:
+        raise ValueError(f"objective must return a loss on {z.device}, got one on {loss.device}")
+    if not loss.is_floating_point():
+        raise TypeError(f"objective must return a float loss, got {loss.dtype}")
     return loss
 
 

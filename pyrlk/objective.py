@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -25,14 +26,18 @@ KL_KINDS = ("k1", "k2", "k3")
 
 
 def _check_number(
-    owner: str, name: str, value, low: float, high: float = math.inf, *, open_low=False
+    owner: str, name: str, value, low: float, high: float = math.inf, *, open_low=False, finite=True
 ):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}.{name} must be a number, got {type(value).__name__}")
     inside = (low < value if open_low else low <= value) and value <= high
+    # An integer beyond the largest double is infinite in every sense but its type.
+    if inside and abs(value) > sys.float_info.max:
+        inside = not finite and isinstance(value, float)
     if not inside:
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{owner}.{name} must lie in {bracket}{low:g}, {high:g}], got {value}")
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if finite and high == math.inf else "]"
+        raise ValueError(f"{owner}.{name} must lie in {left}{low:g}, {high:g}{right}, got {value}")
 
 
 # Field: (lower limit, upper limit, is the lower limit itself excluded).
@@ -55,6 +60,8 @@ _LIMITS = {
     "cov_high": (-math.inf, math.inf, False),
     "kl_coef": (0.0, math.inf, False),
 }
+# Where infinity means "no bound"; elsewhere it would make every loss NaN.
+_MAY_BE_INFINITE = {"eps_high", "dual_clip", "delta", "max_ratio", "cov_low", "cov_high"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,8 @@ class Objective:
     # One launch computes ℓ and its gradient from the row alone. Otherwise `policy_term` does, on
     # log-probs, between the statistics kernel and the gradient kernel.
     fused: ClassVar[bool] = False
+    # The policy term itself spans a sequence, whatever the aggregation is.
+    over_sequences: ClassVar[bool] = False
 
     def policy_term(self, batch: Batch) -> Tensor:
         """ℓ of each token, differentiable in ``batch.logprobs``; the correction is applied in
@@ -86,13 +95,17 @@ class Objective:
                 f"got {self.aggregation!r}"
             )
         if self.aggregation == "constant" and not hasattr(self, "max_length"):
-            raise ValueError(f"{name}.aggregation 'constant' needs max_length: use DrGRPO")
+            raise ValueError(
+                f"{name}.aggregation 'constant' needs max_length, which DrGRPO has: use that, or "
+                "'sequence-sum' with normalizer = sequences · max_length"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in _LIMITS or (value is None and field.default is None):
                 continue
             low, high, open_low = _LIMITS[field.name]
-            _check_number(name, field.name, value, low, high, open_low=open_low)
+            finite = field.name not in _MAY_BE_INFINITE
+            _check_number(name, field.name, value, low, high, open_low=open_low, finite=finite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +178,8 @@ class DAPO(Objective):
 class Batch:
     """What an objective sees: per-token tensors of one shape, 0 where the mask is 0.
 
-    `old` is detached; `correction` is the truncated importance weight, or None for 1.
+    `old` is detached; `correction` is the truncated importance weight, or None for 1, at each token
+    also where `correction_level` is "sequence" and it is one weight a sequence.
     """
 
     logprobs: Tensor
@@ -174,6 +188,7 @@ class Batch:
     mask: Tensor
     sequences: Sequences | None
     correction: Tensor | None = None
+    correction_level: str = "token"
 
     @property
     def log_ratio(self) -> Tensor:
@@ -199,9 +214,7 @@ class Batch:
 
 def _sequences_of(batch: Batch) -> Sequences:
     if batch.sequences is None:
-        raise ValueError(
-            "cu_seqlens is needed: the objective is over sequences, the tokens are flat"
-        )
+        raise ValueError("cu_seqlens is needed: the objective is over sequences, tokens are flat")
     return batch.sequences
 
 
@@ -232,7 +245,7 @@ class SAPO(Objective):
 
     def policy_term(self, batch: Batch) -> Tensor:
         ratio = _ratio(batch.log_ratio, batch.advantages)
-        t = torch.where(batch.advantages > 0, self.temperature_pos, self.temperature_neg)
+        t = _by_side(batch.advantages > 0, self.temperature_pos, self.temperature_neg, ratio)
         gate = torch.sigmoid(t * (ratio - 1)) * 4 / t
         return batch.corrected(-gate * batch.advantages)
 
@@ -291,10 +304,18 @@ class GSPO(Objective):
     same value, and the gradient of each token's own term only.
     """
 
+    over_sequences: ClassVar[bool] = True
+
     eps_low: float = 3e-4
     eps_high: float = 4e-4
     token_level: bool = False
     aggregation: Aggregation = dataclasses.field(default="sequence", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.token_level, bool):
+            kind = type(self.token_level).__name__
+            raise TypeError(f"GSPO.token_level must be True or False, got {kind}")
 
     def policy_term(self, batch: Batch) -> Tensor:
         log_s = batch.sequence_mean(batch.log_ratio)
@@ -307,6 +328,8 @@ class GSPO(Objective):
 @dataclasses.dataclass(frozen=True)
 class LUSPO(Objective):
     """GSPO's sequence surrogate, summed over the tokens of a sequence (as in TRL)."""
+
+    over_sequences: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -328,6 +351,8 @@ class GMPO(Objective):
     x_t = log r_t, clipped to [−eps_low, eps_high] on the side that A favours; Ā is the sequence's
     mean advantage. A correction enters as its geometric mean over the sequence.
     """
+
+    over_sequences: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -353,6 +378,8 @@ class VESPO(Objective):
     not the loss. As in TRL, log-ratios are clamped to ±20 a token and log w to [log 1e-8, 20].
     """
 
+    over_sequences: ClassVar[bool] = True
+
     k_pos: float = 2.0
     lambda_pos: float = 3.0
     k_neg: float = 3.0
@@ -364,11 +391,16 @@ class VESPO(Objective):
             log_w = batch.sequence_sum(batch.log_ratio.detach().clamp(-20.0, 20.0))
             if batch.correction is not None:
                 log_weight = torch.log(batch.correction).clamp(lowest, 20.0)
-                log_w = log_w + batch.sequence_sum(log_weight)
+                if batch.correction_level == "sequence":
+                    # One weight a sequence enters once, however many tokens repeat it.
+                    lengths = _sequences_of(batch).sum(batch.mask)
+                    log_w = log_w + _over(batch.sequence_sum(log_weight), lengths)
+                else:
+                    log_w = log_w + batch.sequence_sum(log_weight)
             log_w = _sequences_of(batch).spread(log_w.clamp(lowest, 20.0))
             up = batch.advantages >= 0
-            k = torch.where(up, self.k_pos, self.k_neg)
-            decay = torch.where(up, self.lambda_pos, self.lambda_neg)
+            k = _by_side(up, self.k_pos, self.k_neg, log_w)
+            decay = _by_side(up, self.lambda_pos, self.lambda_neg, log_w)
             phi = torch.exp(decay + k * log_w - decay * torch.exp(log_w))
         return -phi * batch.advantages * batch.logprobs
 
@@ -387,6 +419,18 @@ class ClipCov(Objective):
     cov_low: float = 1.0
     cov_high: float = 5.0
     seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.cov_low < self.cov_high:
+            raise ValueError(
+                f"ClipCov.cov_low must be less than cov_high, got {self.cov_low:g} and "
+                f"{self.cov_high:g}"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"ClipCov.seed must be an integer, got {type(self.seed).__name__}")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"ClipCov.seed must fit in 64 bits, got {self.seed}")
 
     def policy_term(self, batch: Batch) -> Tensor:
         ratio = _ratio(batch.log_ratio, batch.advantages)
@@ -433,6 +477,12 @@ def _ratio(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     return torch.where(over, math.inf, torch.exp(torch.where(over, 0.0, x)))
 
 
+def _by_side(up: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
+    """`positive` where `up`, else `negative`, in the dtype of `like` (torch.where of two numbers
+    is float32 beside float64 tensors)."""
+    return torch.full_like(like, negative).masked_fill(up, positive)
+
+
 def surrogate(
     ratio: Tensor,
     advantages: Tensor,
@@ -463,7 +513,7 @@ def _first(key: Tensor, mask: Tensor, share: float) -> Tensor:
     rank = torch.empty_like(flat, dtype=torch.int64)
     order = flat.argsort(stable=True)
     rank[order] = torch.arange(flat.numel(), device=flat.device)
-    count = (share * mask.sum()).floor().clamp(min=1)
+    count = (share * mask.sum().double()).floor().clamp(min=1)
     return (rank < count).reshape(key.shape)
 
 
@@ -484,7 +534,7 @@ class TIS:
             raise ValueError(f"TIS.level must be 'token' or 'sequence', got {self.level!r}")
         if self.mode not in ("clip", "mask"):
             raise ValueError(f"TIS.mode must be 'clip' or 'mask', got {self.mode!r}")
-        _check_number("TIS", "max_ratio", self.max_ratio, 0.0, open_low=True)
+        _check_number("TIS", "max_ratio", self.max_ratio, 0.0, open_low=True, finite=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,14 @@ from . import objective as _objective
 MASK32 = 0xFFFFFFFF
 
 
-def token_logprobs(logits, tokens, *, temperature=1.0, vocab_size=None, return_entropy=False):
+def token_logprobs(
+    logits, tokens, *, temperature=1.0, support=None, vocab_size=None, return_entropy=False
+):
     """log π(token) and, on request, H, in the dtype of `logits`; both differentiable."""
     logits = logits[..., :vocab_size]
+    if support is not None:
+        kept = support.to_mask(logits.shape[-1]).view(logits.shape)
+        logits = torch.where(kept, logits, -math.inf)
     keep = tokens != -100
     z = torch.where(keep[..., None], logits, 0.0) / _per_row(temperature, logits)
     logprob = z.log_softmax(-1)
@@ -64,6 +69,7 @@ def policy_loss(
     objective=None,
     temperature=1.0,
     entropy_coef=0.0,
+    support=None,
     vocab_size=None,
     **options,
 ):
@@ -71,7 +77,12 @@ def policy_loss(
     counted = tokens != -100 if mask is None else (tokens != -100) & (mask != 0)
     tokens = torch.where(counted, tokens, -100)
     logprobs, entropy = token_logprobs(
-        logits, tokens, temperature=temperature, vocab_size=vocab_size, return_entropy=True
+        logits,
+        tokens,
+        temperature=temperature,
+        support=support,
+        vocab_size=vocab_size,
+        return_entropy=True,
     )
     mask = counted if mask is None else torch.where(counted, mask, 0)
     return policy_loss_from_logprobs(
@@ -84,6 +95,31 @@ def policy_loss(
         entropy_coef=entropy_coef,
         **options,
     )
+
+
+def linear_logits(hidden, weight, *, bias=None, softcap=None):
+    """hidden @ weightᵀ (+ bias), then softcap·tanh(z / softcap)."""
+    z = hidden @ weight.mT
+    z = z if bias is None else z + bias
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_token_logprobs(hidden, weight, tokens, *, bias=None, softcap=None, **options):
+    """`token_logprobs` of `linear_logits`; rows of token −100 are not looked at."""
+    hidden = torch.where((tokens != -100)[..., None], hidden, 0.0)
+    z = linear_logits(hidden, weight, bias=bias, softcap=softcap)
+    return token_logprobs(z, tokens, **options)
+
+
+def linear_policy_loss(
+    hidden, weight, tokens, old_logprobs, advantages, mask=None, *, bias=None, softcap=None,
+    **options,
+):  # fmt: skip
+    """`policy_loss` of `linear_logits`; masked rows are not looked at."""
+    counted = tokens != -100 if mask is None else (tokens != -100) & (mask != 0)
+    hidden = torch.where(counted[..., None], hidden, 0.0)
+    z = linear_logits(hidden, weight, bias=bias, softcap=softcap)
+    return policy_loss(z, tokens, old_logprobs, advantages, mask, **options)
 
 
 def policy_loss_from_logprobs(
@@ -132,7 +168,8 @@ def policy_loss_from_logprobs(
         scaled = advantages if factor is None else advantages * factor
         per_token = _objective.token_loss(logprobs, old, scaled, ref, entropy, flat)
     else:
-        batch = _objective.Batch(logprobs, behaviour, advantages, mask, seqs, factor)
+        level = "token" if correction is None else correction.level
+        batch = _objective.Batch(logprobs, behaviour, advantages, mask, seqs, factor, level)
         none = torch.zeros_like(advantages)
         per_token = objective.policy_term(batch) + _objective.token_loss(
             logprobs, old, none, ref, entropy, flat

@@ -10,64 +10,18 @@ position). A row's result depends on its logits, parameters, seed and position a
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _C, _check, _op
+from .support import Support
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 _ORDERS = ("top_k_first", "joint")
 _MAX_VOCAB = 1 << 19
-
-
-class Support(NamedTuple):
-    """Kept token ids as CSR: row b keeps ids[offsets[b] : offsets[b + 1]], ascending.
-
-    ids: int32 [N]; offsets: int64 [B + 1]. On CUDA `ids` is a buffer of host-known size, of which
-    offsets[-1] entries are in use.
-    """
-
-    ids: Tensor
-    offsets: Tensor
-
-    def rows(self) -> list[list[int]]:
-        """The kept ids of every row, on the host."""
-        ids, offsets = self.ids.tolist(), self.offsets.tolist()
-        return [ids[a:b] for a, b in itertools.pairwise(offsets)]
-
-    def to_mask(self, vocab_size: int) -> Tensor:
-        """bool [B, V]: True where a token was kept."""
-        if _check.integer("vocab_size", vocab_size) < 1:
-            raise ValueError(f"vocab_size must be ≥ 1, got {vocab_size}")
-        if self.ids.is_cpu and self.ids.numel() and self.ids.max() >= vocab_size:
-            raise ValueError(f"vocab_size must exceed every id, got {vocab_size}")
-        count = self.offsets.numel() - 1
-        slots = torch.arange(self.ids.numel(), device=self.ids.device)
-        row = torch.searchsorted(self.offsets[1:], slots, right=True)
-        mask = torch.zeros(count + 1, vocab_size, dtype=torch.bool, device=self.ids.device)
-        unused = row >= count
-        mask[torch.where(unused, count, row), torch.where(unused, 0, self.ids)] = True
-        return mask[:count]
-
-    def trim(self) -> Support:
-        """The same without unused entries. On CUDA this synchronises."""
-        return Support(self.ids[: int(self.offsets[-1])], self.offsets)
-
-    @staticmethod
-    def from_lists(rows, device=None) -> Support:
-        """From one list of ids a row, in any order."""
-        ascending = [sorted(operator.index(i) for i in row) for row in rows]
-        for b, row in enumerate(ascending):
-            if len(set(row)) != len(row) or (row and not 0 <= row[0] <= row[-1] < 1 << 31):
-                raise ValueError(f"rows[{b}] must hold distinct ids in [0, 2^31), got {row}")
-        offsets = torch.tensor([0, *(len(row) for row in ascending)], dtype=torch.int64).cumsum(0)
-        ids = torch.tensor([i for row in ascending for i in row], dtype=torch.int32)
-        return Support(ids.to(device), offsets.to(device))
 
 
 class Sample(NamedTuple):

@@ -128,8 +128,8 @@ def prefix(
         exact = (found == need).to(tl.int32)
     cut = low.to(tl.int32)
     last = vocab_size
-    # An exact threshold keeps all it passes, whether or not a logit lies on it. Otherwise some ties of
-    # the cut stay: `above` measures the keys beyond it, because the last refused threshold was cut + 1.
+    # An exact threshold keeps all it passes, whether or not a logit lies on it. Otherwise some ties
+    # of the cut stay; `above` measures the keys beyond it: the last refused threshold was cut + 1.
     if exact == 0:
         for start in range(0, vocab_size, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -344,7 +344,7 @@ def sample_fwd_kernel(
                 rounded = floor.to(tl.float32)
                 floor_key = key_of(rounded, 0).to(tl.int64)
                 floor_key += (rounded.to(tl.float64) < floor).to(tl.int64)
-                # The bits that SHIFT drops are 0 in every positive key of the dtype, 1 in every negative.
+                # The bits that SHIFT drops are 0 in positive keys of the dtype, 1 in negative ones.
                 floor_key += tl.where(floor_key >= 0, (1 << SHIFT) - 1, 0)
                 floor_cut = (floor_key >> SHIFT).to(tl.int32)
                 last = tl.where(floor_cut > cut, vocab_size, last)

@@ -31,17 +31,25 @@ struct Temperature {
   const void* per_token;  // or null
 };
 
-// All return −1, or the first token index whose action is outside [0, vocab) (nothing is written
-// then).
-int64_t token_logprobs(const Rows& z, const int64_t* tokens, Temperature tau, void* logprob,
-                       void* entropy, void* stats, int threads);
-void token_logprobs_backward(const Rows& z, const int64_t* tokens, Temperature tau,
+// The kept set of each token as CSR, ids ascending in a row: the distribution is over it alone.
+// Null ids: the whole vocabulary.
+struct KeptIds {
+  const int32_t* ids;
+  const int64_t* offsets;  // [count + 1]
+};
+
+// All return −1, or the first token index whose action is outside [0, vocab) or its kept set
+// (nothing is written then).
+int64_t token_logprobs(const Rows& z, const int64_t* tokens, KeptIds kept, Temperature tau,
+                       void* logprob, void* entropy, void* stats, int threads);
+void token_logprobs_backward(const Rows& z, const int64_t* tokens, KeptIds kept, Temperature tau,
                              const void* stats, const void* grad_logprob, const void* grad_entropy,
                              const Rows& grad, int threads);
 
 struct PolicyLossArgs {
   Rows logits;
   const int64_t* tokens;
+  KeptIds kept;
   const void *old_logprobs, *advantages, *weight, *ref_logprobs;  // old and ref may be null
   Temperature tau;
   Terms terms;

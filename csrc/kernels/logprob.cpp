@@ -7,52 +7,60 @@
 
 namespace pyrlk {
 
-int64_t token_logprobs(const Rows& z, const int64_t* tokens, Temperature tau, void* logprob,
-                       void* entropy_out, void* stats, int threads) {
-  const int64_t bad = first_bad_token(tokens, nullptr, z);
+int64_t token_logprobs(const Rows& z, const int64_t* tokens, KeptIds kept, Temperature tau,
+                       void* logprob, void* entropy_out, void* stats, int threads) {
+  const int64_t bad = first_bad_token(tokens, kept, nullptr, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
-  for (int64_t t = 0; t < z.count; ++t) {
-    RowStats s;
-    double lp = 0.0, h = 0.0, at = 0.0;
-    if (tokens[t] != kIgnored) {
-      const double temperature = temperature_at(tau, t, wide);
-      s = row_stats(z.row(t), z.dtype, z.vocab, temperature, entropy_out != nullptr);
-      at = row_at(z.row(t), z.dtype, tokens[t]);
-      lp = log_prob(s, at, temperature);
-      if (entropy_out != nullptr) h = entropy(s);
-      if (!regular(s)) s.sum = s.energy = std::numeric_limits<double>::quiet_NaN();
-    }
-    put(logprob, t, lp, wide);
-    if (entropy_out != nullptr) put(entropy_out, t, h, wide);
-    if (stats != nullptr) {
-      const double row[4] = {s.max, s.sum, s.energy, at};
-      for (int k = 0; k < 4; ++k) put(stats, 4 * t + k, row[k], wide);
+#pragma omp parallel num_threads(row_threads(z, threads))
+  {
+    Distribution row(z, kept);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < z.count; ++t) {
+      RowStats s;
+      double lp = 0.0, h = 0.0, at = 0.0;
+      if (tokens[t] != kIgnored) {
+        const double temperature = temperature_at(tau, t, wide);
+        row.select(t, tokens[t]);
+        s = row.stats(temperature, entropy_out != nullptr);
+        at = row.at_action();
+        lp = log_prob(s, at, temperature);
+        if (entropy_out != nullptr) h = entropy(s);
+        if (!regular(s)) s.sum = s.energy = std::numeric_limits<double>::quiet_NaN();
+      }
+      put(logprob, t, lp, wide);
+      if (entropy_out != nullptr) put(entropy_out, t, h, wide);
+      const double four[4] = {s.max, s.sum, s.energy, at};
+      for (int k = 0; k < 4; ++k) put(stats, 4 * t + k, four[k], wide);
     }
   }
   return -1;
 }
 
-void token_logprobs_backward(const Rows& z, const int64_t* tokens, Temperature tau,
+void token_logprobs_backward(const Rows& z, const int64_t* tokens, KeptIds kept, Temperature tau,
                              const void* stats, const void* grad_logprob, const void* grad_entropy,
                              const Rows& grad, int threads) {
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
-  for (int64_t t = 0; t < z.count; ++t) {
-    const double g = get(grad_logprob, t, wide, 0.0), h = get(grad_entropy, t, wide, 0.0);
-    if (tokens[t] == kIgnored || (g == 0.0 && h == 0.0)) {
-      row_fill(grad.row(t), grad.dtype, 0, grad.width, 0.0f);
-      continue;
+#pragma omp parallel num_threads(row_threads(z, threads))
+  {
+    Distribution row(z, kept);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < z.count; ++t) {
+      const double g = get(grad_logprob, t, wide, 0.0), h = get(grad_entropy, t, wide, 0.0);
+      if (tokens[t] == kIgnored || (g == 0.0 && h == 0.0)) {
+        row_fill(grad.row(t), grad.dtype, 0, grad.width, 0.0f);
+        continue;
+      }
+      RowStats s;
+      s.max = get(stats, 4 * t, wide, 0.0);
+      s.sum = get(stats, 4 * t + 1, wide, 0.0);
+      s.energy = get(stats, 4 * t + 2, wide, 0.0);
+      s.nan = s.sum != s.sum;
+      const double temperature = temperature_at(tau, t, wide);
+      const double lp = log_prob(s, get(stats, 4 * t + 3, wide, 0.0), temperature);
+      row.select(t, tokens[t]);
+      row.write_gradient(t, s, lp, g, h, temperature, grad);
     }
-    RowStats s;
-    s.max = get(stats, 4 * t, wide, 0.0);
-    s.sum = get(stats, 4 * t + 1, wide, 0.0);
-    s.energy = get(stats, 4 * t + 2, wide, 0.0);
-    s.nan = s.sum != s.sum;
-    const double temperature = temperature_at(tau, t, wide);
-    const double lp = log_prob(s, get(stats, 4 * t + 3, wide, 0.0), temperature);
-    write_gradient(z, t, tokens[t], s, lp, g, h, temperature, grad);
   }
 }
 

@@ -26,9 +26,10 @@ struct TokenLoss {
   double loss, g;
 };
 
-inline TokenLoss token_loss(double logp, double old, double advantage, double ref, const Terms& t) {
+inline TokenLoss token_loss(double logp, double log_ratio, double advantage, double ref,
+                            const Terms& t) {
   TokenLoss out{0.0, 0.0};
-  const double ratio = std::exp(logp - old);
+  const double ratio = std::exp(log_ratio);
   if (advantage != 0.0) {
     if (t.clipped) {
       const double low = 1.0 - t.eps_low, high = 1.0 + t.eps_high;

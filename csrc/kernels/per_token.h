@@ -1,9 +1,10 @@
-// What every op over T tokens shares: reading per-token scalars, checking actions, writing a
-// gradient row.
+// What every op over T tokens shares: per-token scalars, checking actions, one row as a
+// distribution.
 #pragma once
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "../memory/threads.h"
 #include "kernels.h"
@@ -36,28 +37,103 @@ inline double temperature_at(Temperature tau, int64_t t, bool wide) {
   return get(tau.per_token, t, wide, wide ? tau.value : double(float(tau.value)));
 }
 
-// The first token whose action is outside the vocabulary, or −1. Rows of weight 0 are not looked
-// at.
-inline int64_t first_bad_token(const int64_t* tokens, const void* weight, const Rows& z) {
+// Position of an action in its kept set, or −1.
+inline int64_t kept_index(KeptIds kept, int64_t t, int64_t action) {
+  const int32_t *begin = kept.ids + kept.offsets[t], *end = kept.ids + kept.offsets[t + 1];
+  const int32_t* at = std::lower_bound(begin, end, action);
+  return at != end && *at == action ? at - begin : -1;
+}
+
+// The first token whose action is outside the vocabulary or its kept set, or −1. Rows of weight 0
+// are not looked at.
+inline int64_t first_bad_token(const int64_t* tokens, KeptIds kept, const void* weight,
+                               const Rows& z) {
   const bool wide = z.dtype == DType::kFloat64;
   for (int64_t t = 0; t < z.count; ++t) {
     if (tokens[t] == kIgnored || get(weight, t, wide, 1.0) == 0.0) continue;
     if (tokens[t] < 0 || tokens[t] >= z.vocab) return t;
+    if (kept.ids != nullptr && kept_index(kept, t, tokens[t]) < 0) return t;
   }
   return -1;
 }
 
-// The gradient row of (g, h), from the row's statistics. `grad` may be the logits themselves.
-inline void write_gradient(const Rows& z, int64_t t, int64_t action, const RowStats& s, double logp,
-                           double g, double h, double temperature, const Rows& grad) {
-  void* out = grad.row(t);
-  if (!regular(s) || g != g || h != h) {
-    row_fill(out, grad.dtype, 0, z.vocab, std::numeric_limits<float>::quiet_NaN());
-  } else {
-    row_gradient(z.row(t), z.dtype, z.vocab, temperature, s.max,
-                 row_slope(s, logp, g, h, temperature), action, out);
+// The distribution of one token: the row itself, or its kept logits gathered into scratch memory.
+class Distribution {
+ public:
+  Distribution(const Rows& z, KeptIds kept) : z_(z), kept_(kept) {}
+
+  // Moves to token t; `action` becomes the position of the token in the distribution.
+  void select(int64_t t, int64_t token) {
+    row_ = z_.row(t);
+    dtype_ = z_.dtype;
+    size_ = z_.vocab;
+    action_ = token;
+    if (kept_.ids == nullptr) return;
+    ids_ = kept_.ids + kept_.offsets[t];
+    size_ = kept_.offsets[t + 1] - kept_.offsets[t];
+    action_ = kept_index(kept_, t, token);
+    if (z_.dtype == DType::kFloat64) {
+      gather(doubles_);
+    } else {
+      dtype_ = DType::kFloat32;
+      gather(floats_);
+    }
   }
-  if (grad.width > z.vocab) row_fill(out, grad.dtype, z.vocab, grad.width, 0.0f);
-}
+
+  RowStats stats(double temperature, bool with_entropy) const {
+    return row_stats(row_, dtype_, size_, temperature, with_entropy);
+  }
+  double at_action() const { return row_at(row_, dtype_, action_); }
+
+  // Writes the gradient row of (g, h); `grad` may be the logits themselves.
+  void write_gradient(int64_t t, const RowStats& s, double logp, double g, double h,
+                      double temperature, const Rows& grad) {
+    void* out = grad.row(t);
+    const bool valid = regular(s) && g == g && h == h;
+    const float poison = std::numeric_limits<float>::quiet_NaN();
+    if (kept_.ids != nullptr) {
+      row_fill(out, grad.dtype, 0, grad.width, 0.0f);
+      if (valid) write(s, logp, g, h, temperature, gathered_);
+      for (int64_t i = 0; i < size_; ++i) {
+        const double x = valid ? row_at(row_, dtype_, i) : poison;
+        if (grad.dtype == DType::kFloat64) {
+          static_cast<double*>(out)[ids_[i]] = x;
+        } else {
+          row_fill(out, grad.dtype, ids_[i], ids_[i] + 1, float(x));
+        }
+      }
+      return;
+    }
+    if (valid) {
+      write(s, logp, g, h, temperature, out);
+    } else {
+      row_fill(out, grad.dtype, 0, size_, poison);
+    }
+    if (grad.width > size_) row_fill(out, grad.dtype, size_, grad.width, 0.0f);
+  }
+
+ private:
+  template <class T>
+  void gather(std::vector<T>& buffer) {
+    buffer.resize(size_);
+    for (int64_t i = 0; i < size_; ++i) buffer[i] = T(row_at(row_, z_.dtype, ids_[i]));
+    row_ = gathered_ = buffer.data();
+  }
+
+  void write(const RowStats& s, double logp, double g, double h, double temperature, void* out) {
+    const RowSlope slope = row_slope(s, logp, g, h, temperature);
+    row_gradient(row_, dtype_, size_, temperature, s.max, slope, action_, out);
+  }
+
+  const Rows& z_;
+  KeptIds kept_;
+  const void* row_ = nullptr;
+  void* gathered_ = nullptr;
+  DType dtype_ = DType::kFloat32;
+  int64_t size_ = 0, action_ = -1;
+  const int32_t* ids_ = nullptr;
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+};
 
 }  // namespace pyrlk

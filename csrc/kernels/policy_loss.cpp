@@ -9,57 +9,70 @@ namespace pyrlk {
 
 int64_t policy_loss(const PolicyLossArgs& a, int threads) {
   const Rows& z = a.logits;
-  const int64_t bad = first_bad_token(a.tokens, a.weight, z);
+  const int64_t bad = first_bad_token(a.tokens, a.kept, a.weight, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64, with_entropy = a.entropy != nullptr;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
-  for (int64_t t = 0; t < z.count; ++t) {
-    const double weight = get(a.weight, t, wide, 0.0);
-    TokenLoss token{0.0, 0.0};
-    double lp = 0.0, h = 0.0;
-    bool zero = true;
-    if (weight != 0.0 && a.tokens[t] != kIgnored) {
-      const double temperature = temperature_at(a.tau, t, wide);
-      const RowStats s = row_stats(z.row(t), z.dtype, z.vocab, temperature, with_entropy);
-      lp = log_prob(s, row_at(z.row(t), z.dtype, a.tokens[t]), temperature);
-      const double old = get(a.old_logprobs, t, wide, lp);
-      token = token_loss(lp, old, get(a.advantages, t, wide, 0.0),
-                         get(a.ref_logprobs, t, wide, 0.0), a.terms);
-      if (with_entropy) {
-        h = entropy(s);
-        token.loss -= a.terms.entropy_coef == 0.0 ? 0.0 : a.terms.entropy_coef * h;
+#pragma omp parallel num_threads(row_threads(z, threads))
+  {
+    Distribution row(z, a.kept);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < z.count; ++t) {
+      const double weight = get(a.weight, t, wide, 0.0);
+      TokenLoss token{0.0, 0.0};
+      double lp = 0.0, h = 0.0;
+      bool zero = true;
+      if (weight != 0.0 && a.tokens[t] != kIgnored) {
+        const double temperature = temperature_at(a.tau, t, wide);
+        row.select(t, a.tokens[t]);
+        const RowStats s = row.stats(temperature, with_entropy);
+        lp = log_prob(s, row.at_action(), temperature);
+        const double old = get(a.old_logprobs, t, wide, lp);
+        // A token scored twice has the ratio 1, not 1 give or take the rounding of `old`.
+        const bool same = old == lp || (!wide && old == double(float(lp)));
+        token = token_loss(lp, same ? 0.0 : lp - old, get(a.advantages, t, wide, 0.0),
+                           get(a.ref_logprobs, t, wide, 0.0), a.terms);
+        if (with_entropy) {
+          h = entropy(s);
+          token.loss -= a.terms.entropy_coef == 0.0 ? 0.0 : a.terms.entropy_coef * h;
+        }
+        const double g = weight * token.g, slope_h = -weight * a.terms.entropy_coef;
+        zero = g == 0.0 && slope_h == 0.0 && regular(s);
+        if (a.grad != nullptr && !zero) {
+          row.write_gradient(t, s, lp, g, slope_h, temperature, *a.grad);
+        }
+        if (!regular(s)) token.loss = std::numeric_limits<double>::quiet_NaN();
       }
-      const double g = weight * token.g, slope_h = -weight * a.terms.entropy_coef;
-      zero = g == 0.0 && slope_h == 0.0 && regular(s);
-      if (a.grad != nullptr && !zero) {
-        write_gradient(z, t, a.tokens[t], s, lp, g, slope_h, temperature, *a.grad);
-      }
-      if (!regular(s)) token.loss = std::numeric_limits<double>::quiet_NaN();
+      if (a.grad != nullptr && zero) row_fill(a.grad->row(t), z.dtype, 0, a.grad->width, 0.0f);
+      put(a.loss, t, token.loss, wide);
+      put(a.logprob, t, lp, wide);
+      if (with_entropy) put(a.entropy, t, h, wide);
     }
-    if (a.grad != nullptr && zero) row_fill(a.grad->row(t), z.dtype, 0, a.grad->width, 0.0f);
-    put(a.loss, t, token.loss, wide);
-    put(a.logprob, t, lp, wide);
-    if (with_entropy) put(a.entropy, t, h, wide);
   }
   return -1;
 }
 
 int64_t reinforce_grad(const Rows& z, const int64_t* tokens, const void* advantages,
                        Temperature tau, const Rows& out, int threads) {
-  const int64_t bad = first_bad_token(tokens, nullptr, z);
+  const KeptIds all{nullptr, nullptr};
+  const int64_t bad = first_bad_token(tokens, all, nullptr, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(row_threads(z, threads))
-  for (int64_t t = 0; t < z.count; ++t) {
-    const double advantage = get(advantages, t, wide, 0.0);
-    if (tokens[t] == kIgnored || advantage == 0.0) {
-      row_fill(out.row(t), out.dtype, 0, out.width, 0.0f);
-      continue;
+#pragma omp parallel num_threads(row_threads(z, threads))
+  {
+    Distribution row(z, all);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < z.count; ++t) {
+      const double advantage = get(advantages, t, wide, 0.0);
+      if (tokens[t] == kIgnored || advantage == 0.0) {
+        row_fill(out.row(t), out.dtype, 0, out.width, 0.0f);
+        continue;
+      }
+      const double temperature = temperature_at(tau, t, wide);
+      row.select(t, tokens[t]);
+      const RowStats s = row.stats(temperature, false);
+      const double lp = log_prob(s, row.at_action(), temperature);
+      row.write_gradient(t, s, lp, -advantage, 0.0, temperature, out);
     }
-    const double temperature = temperature_at(tau, t, wide);
-    const RowStats s = row_stats(z.row(t), z.dtype, z.vocab, temperature, false);
-    const double lp = log_prob(s, row_at(z.row(t), z.dtype, tokens[t]), temperature);
-    write_gradient(z, t, tokens[t], s, lp, -advantage, 0.0, temperature, out);
   }
   return -1;
 }

@@ -1,6 +1,7 @@
 """Verifiable arithmetic: problems, a careless teacher's demonstrations, and the reward.
 
-    prompt "37+45="     response "82"     reward 1 if the first number of the response is a + b, else 0
+    prompt "37+45="     response "82"     reward 1 if the first number of the response is a + b,
+    else 0
 
 Two-digit additions, split once: a held-out problem and its mirror image (45+37) are both unseen.
 """

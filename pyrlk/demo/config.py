@@ -1,4 +1,5 @@
-"""The settings of a demo run. All of them are in its checkpoint; `--resume` takes them from there."""
+"""The settings of a demo run. All of them are in its checkpoint; `--resume` takes them from
+there."""
 
 from __future__ import annotations
 

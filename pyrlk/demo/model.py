@@ -1,6 +1,7 @@
 """The policy: a small causal LM built here, or any transformers folder, with its codec.
 
-Both processes call `build`, so both have the same module; the engine's weights come from the trainer.
+Both processes call `build`, so both have the same module; the engine's weights come from the
+trainer.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ Codec = CharCodec | TextCodec
 
 
 def build(path: str | None, seed: int, device: str) -> tuple[nn.Module, Codec]:
-    """The module in float32 and eval mode (no dropout: both processes must agree), and its codec."""
+    """The module in float32 and eval mode (no dropout: both processes must agree), and its
+    codec."""
     codec: Codec
     if path is None:
         codec = CharCodec()
@@ -67,6 +69,7 @@ def build(path: str | None, seed: int, device: str) -> tuple[nn.Module, Codec]:
             num_key_value_heads=2,
             head_dim=32,
             max_position_embeddings=64,
+            initializer_range=0.05,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=codec.end,
@@ -104,6 +107,4 @@ def response_logits(
         positions = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     inputs = torch.cat([prompt, shown], 1)
     length = tokens.shape[1]
-    return model(
-        input_ids=inputs, use_cache=False, logits_to_keep=length, **positions
-    ).logits
+    return model(input_ids=inputs, use_cache=False, logits_to_keep=length, **positions).logits

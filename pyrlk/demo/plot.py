@@ -1,4 +1,5 @@
-"""curve.svg and curve.png: reward, entropy, clip fraction, kept groups, update time over the steps."""
+"""curve.svg and curve.png: reward, entropy, clip fraction, kept groups, update time over the
+steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The loop: sync → rollout → learn, and what a run leaves behind.
 
-    warm-up ▶ [ publish version n ▶ generate, reward, keep informative groups ▶ learn ] · steps ▶ judge
+    warm-up ▶ [ publish version n ▶ generate, reward, keep informative groups ▶ learn ] · steps ▶
+    judge
 
 A step is complete when its optimizer steps are. The engine is needed only before that, so whenever
 it is lost, the trainer holds the end of a whole step and saves it.
@@ -80,9 +81,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Step 0, before the engine is needed."""
         start = time.perf_counter()
-        done = warm_up(
-            self.model, self.codec, self.problems, self.config, self.progress.warm_up
-        )
+        done = warm_up(self.model, self.codec, self.problems, self.config, self.progress.warm_up)
         self.record.metrics({"step": 0, **{f"warmup_{k}": v for k, v in done._asdict().items()}})
         self.record.timing({"step": 0, "warm_up": time.perf_counter() - start})
         self.save()

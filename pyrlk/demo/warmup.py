@@ -40,7 +40,7 @@ def warm_up(
 ) -> WarmUp:
     """Train `model` in place; the learning rate falls linearly to its twentieth."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.warmup_lr, betas=(0.9, 0.95), weight_decay=0.0
+        model.parameters(), lr=config.warmup_lr, betas=(0.9, 0.99), weight_decay=0.0
     )
     stream = Stream(problems, config.seed, "warm-up")
     rng = random.Random(f"teacher {config.seed}")

@@ -64,10 +64,13 @@ def test_a_killed_publisher_leaves_the_old_version_or_a_dirty_mark(
         same = all(torch.equal(a, b) for a, b in zip(before, engine.parameters(), strict=True))
         assert same is not dirty
         # The next publisher finds the receiver ready.
-        child = start("publisher", "--version", "7")
-        while receiver.version < 7:
-            receiver.poll(10.0)
-        assert not receiver.dirty
+        with weights.Publisher(weights.Local(socket_path)) as publisher:
+            model = make_model(2)
+            update = threading.Thread(target=lambda: publisher.update(model, version=7))
+            update.start()
+            assert receiver.poll(10.0) is True
+            update.join()
+        assert (receiver.version, receiver.dirty) == (7, False)
         assert torch.equal(engine[0].weight, make_model(2)[0].weight)
 
 

@@ -1,18 +1,28 @@
-"""Callables around the launchers: outputs start as NaN, so that nothing passes by being left unwritten."""
+"""Callables around the launchers; outputs start as NaN, so that nothing passes unwritten."""
 
 import types
 
+import numpy as np
 import pytest
 import torch
-
+import triton
 from triton.runtime import interpreter
 
 from pyrlk.triton_kernels import logprob, policy_loss, row, sample
 
 
+def pytest_sessionstart(session):
+    # Triton 3.6 turns arrays of one element into numbers, which numpy stopped doing in 2.4.
+    try:
+        int(np.array([1]))
+    except TypeError:
+        if triton.__version__.startswith("3.6."):
+            pytest.exit("the interpreter of triton 3.6 needs numpy < 2.4", returncode=1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def patch_the_language_once():
-    """Save four fifths of the interpreter's time: it patches all of triton.language at every device call.
+    """Halve the interpreter's time: it patches all of triton.language at every device call.
 
     A launch has patched what our own functions see; triton's library needs it once a function.
     """

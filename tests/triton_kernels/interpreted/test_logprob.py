@@ -8,7 +8,7 @@ import torch
 from pyrlk import reference
 from pyrlk.triton_kernels import logprob, policy_loss, row
 
-# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns of them.
+# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 NAN, INF = math.nan, math.inf

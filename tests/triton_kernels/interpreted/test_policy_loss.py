@@ -9,7 +9,7 @@ import torch
 from pyrlk import objective, reference
 from pyrlk.triton_kernels import policy_loss
 
-# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns of them.
+# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,7 @@ import torch
 from pyrlk import reference
 from pyrlk.triton_kernels import sample
 
-# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns of them.
+# Rows with NaN and infinities are part of the contract; numpy, under the interpreter, warns.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.usefixtures("small_tiles"),
@@ -69,7 +69,7 @@ def oracle(row, *, temperature, top_k=0, top_p=1.0, min_p=0.0, seed, position, j
 
 
 def adversarial(vocab):
-    """Rows that break samplers: ties of all or half, two values, masks, one token, one far winner."""
+    """Rows that break samplers: all tied, two values, coarse, masked, one token, ±0, peaked."""
     g = torch.Generator().manual_seed(vocab)
     equal = torch.zeros(vocab)
     two = (torch.arange(vocab) % 2).float()

@@ -1,0 +1,126 @@
+"""linear_policy_loss, forward + backward, from hidden states and the head's weight.
+
+Limit, measured in the same rounds: the three matrix products at the same chunk, in warm buffers,
+dweight summed in float32. Beside it the unfused way: all logits, policy_loss, autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import pyrlk
+from pyrlk import linear, reference
+
+from .measure import interleaved, peak_bytes
+
+GATE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+ERROR_ROWS = 32
+
+
+class Case:
+    """One shape and dtype: inputs and the sides."""
+
+    def __init__(self, rows: int, width: int, vocab: int, dtype: torch.dtype, device: str):
+        g = torch.Generator().manual_seed(0)
+        self.rows, self.vocab = rows, vocab
+        self.hidden = torch.randn(rows, width, generator=g).to(device, dtype).requires_grad_()
+        weight = torch.randn(vocab, width, generator=g) * (2 / width**0.5)
+        self.weight = weight.to(device, dtype).requires_grad_()
+        self.tokens = torch.randint(vocab, (rows,), generator=g).to(device)
+        self.advantages = torch.randn(rows, generator=g).to(device)
+        with torch.no_grad():
+            own = pyrlk.linear_token_logprobs(self.hidden, self.weight, self.tokens)
+        self.old = own + 0.05 * torch.randn(rows, generator=g).to(device)
+        size = dtype.itemsize * vocab
+        self.chunk = linear._chunk_rows(0, rows, size, device == "cuda")
+        self.logits = torch.empty(self.chunk, vocab, dtype=dtype, device=device)
+        self.dhidden = torch.empty_like(self.hidden)
+        total = torch.float32
+        self.dweight = torch.zeros(vocab, width, dtype=total, device=device)
+        mixed = device == "cpu" and dtype != total
+        self.wide = torch.empty(self.chunk, vocab, device=device) if mixed else None
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def ours(self) -> None:
+        self.clear()
+        loss = pyrlk.linear_policy_loss(
+            self.hidden, self.weight, self.tokens, self.old, self.advantages
+        )
+        loss.backward()
+
+    @torch.no_grad()
+    def products(self) -> None:
+        for start in range(0, self.rows, self.chunk):
+            x = self.hidden[start : start + self.chunk]
+            z = self.logits[: x.shape[0]]
+            torch.mm(x, self.weight.t(), out=z)
+            torch.mm(z, self.weight, out=self.dhidden[start : start + self.chunk])
+            if self.wide is not None:
+                z, x = self.wide[: x.shape[0]].copy_(z), x.float()
+            linear._accumulate(self.dweight, z.t(), x, first=start == 0)
+
+    def unfused(self) -> None:
+        self.clear()
+        logits = self.hidden @ self.weight.t()
+        pyrlk.dapo_loss(logits, self.tokens, self.old, self.advantages).backward()
+
+    def error(self) -> float:
+        """Relative error of both gradients in norm against float64, on some rows."""
+        rows = slice(0, min(ERROR_ROWS, self.rows))
+        tokens, old, advantages = self.tokens[rows], self.old[rows], self.advantages[rows]
+        ours = [self.hidden[rows].detach(), self.weight.detach()]
+        exact = [x.cpu().double().requires_grad_() for x in ours]
+        ours = [x.requires_grad_() for x in ours]
+        loss = pyrlk.linear_policy_loss(ours[0], ours[1], tokens, old, advantages)
+        got = torch.autograd.grad(loss, ours)
+        truth = reference.linear_policy_loss(
+            exact[0], exact[1], tokens.cpu(), old.cpu().double(), advantages.cpu().double()
+        )
+        want = torch.autograd.grad(truth, exact)
+        pairs = zip(got, want, strict=True)
+        return max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def run(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) -> dict:
+    """One row of the table."""
+    case = Case(rows, width, vocab, dtype, device)
+    error = case.error()
+    row: dict = {
+        "op": f"linear_policy_loss, H={width}",
+        "shape": [rows, vocab],
+        "dtype": str(dtype).removeprefix("torch."),
+        "gradient_error": error,
+    }
+    if error > GATE[dtype]:
+        return row | {"failed": "correctness gate: no times are reported"}
+    sides: dict[str, Callable[[], object]] = {
+        "products": case.products,
+        "linear": case.ours,
+        "unfused": case.unfused,
+    }
+    times = interleaved(sides, rounds=rounds)
+    row |= {
+        "times": {side: t.as_dict() for side, t in times.items()},
+        "chunk": case.chunk,
+        "linear_over_products": times["linear"].over(times["products"]),
+        "unfused_over_linear": times["unfused"].over(times["linear"]),
+        "tflop_per_s": 6 * rows * width * vocab / times["linear"].median / 1e9,
+    }
+    for side in ("linear", "unfused"):
+        case.clear()
+        row[f"{side}_peak_bytes"] = peak_bytes(sides[side])
+    return row
+
+
+def main(device: str, quick: bool) -> list[dict]:
+    """A small head on CPU, Qwen3's on a GPU."""
+    if device == "cuda":
+        shape = (8192, 4096, 151936)
+    else:
+        shape = (64, 256, 8000) if quick else (512, 1024, 32000)
+    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
+    return [run(*shape, dtype, device, rounds=3 if quick else 5) for dtype in dtypes]

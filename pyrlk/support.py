@@ -1,0 +1,155 @@
+"""Kept sets as CSR: what a sampler kept is what the trainer's distribution is over.
+
+Truncated sampling draws from π restricted to a kept set S and renormalised. Replayed on S,
+    log π_S(a) = z_a/τ − logsumexp_{i∈S} z_i/τ,   H_S, and gradients that are 0 outside S
+make ratios of new and old policy unbiased; on the whole vocabulary they are not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+
+
+class Support(NamedTuple):
+    """Kept token ids as CSR: row b keeps ids[offsets[b] : offsets[b + 1]], ascending.
+
+    ids: int32 [N]; offsets: int64 [B + 1]. On CUDA `ids` is a buffer of host-known size, of which
+    offsets[-1] entries are in use.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+
+    def rows(self) -> list[list[int]]:
+        """The kept ids of every row, on the host."""
+        ids, offsets = self.ids.tolist(), self.offsets.tolist()
+        return [ids[a:b] for a, b in itertools.pairwise(offsets)]
+
+    def to_mask(self, vocab_size: int) -> Tensor:
+        """bool [B, V]: True where a token was kept."""
+        if _check.integer("vocab_size", vocab_size) < 1:
+            raise ValueError(f"vocab_size must be ≥ 1, got {vocab_size}")
+        if self.ids.is_cpu and self.ids.numel() and self.ids.max() >= vocab_size:
+            raise ValueError(f"vocab_size must exceed every id, got {vocab_size}")
+        count = self.offsets.numel() - 1
+        slots = torch.arange(self.ids.numel(), device=self.ids.device)
+        row = torch.searchsorted(self.offsets[1:], slots, right=True)
+        mask = torch.zeros(count + 1, vocab_size, dtype=torch.bool, device=self.ids.device)
+        unused = row >= count
+        mask[torch.where(unused, count, row), torch.where(unused, 0, self.ids)] = True
+        return mask[:count]
+
+    def trim(self) -> Support:
+        """The same without unused entries. On CUDA this synchronises."""
+        return Support(self.ids[: int(self.offsets[-1])], self.offsets)
+
+    @staticmethod
+    def from_lists(rows, device=None) -> Support:
+        """From one list of ids a row, in any order."""
+        ascending = [sorted(operator.index(i) for i in row) for row in rows]
+        for b, row in enumerate(ascending):
+            if len(set(row)) != len(row) or (row and not 0 <= row[0] <= row[-1] < 1 << 31):
+                raise ValueError(f"rows[{b}] must hold distinct ids in [0, 2^31), got {row}")
+        offsets = torch.tensor([0, *(len(row) for row in ascending)], dtype=torch.int64).cumsum(0)
+        ids = torch.tensor([i for row in ascending for i in row], dtype=torch.int32)
+        return Support(ids.to(device), offsets.to(device))
+
+    @staticmethod
+    def from_padded(ids: Tensor) -> Support:
+        """From padded ids [..., K], −1 where there is none, in any order; one row a token."""
+        flat = _check.tensor("ids", ids).reshape(-1, ids.shape[-1])
+        present = flat >= 0
+        return _csr(torch.where(present, flat, _LAST).sort(-1).values, present.sum(-1))
+
+    @staticmethod
+    def from_mask(mask: Tensor) -> Support:
+        """From a bool mask [..., V]; one row a token."""
+        flat = _check.tensor("mask", mask).reshape(-1, mask.shape[-1])
+        if flat.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {flat.dtype}")
+        return Support(flat.nonzero()[:, 1].to(torch.int32), _offsets(flat.sum(-1)))
+
+    @staticmethod
+    def from_bits(bits: Tensor, vocab_size: int) -> Support:
+        """From a bitmask int32 [..., ceil(V/32)]: bit i of word w is token 32·w + i."""
+        words = _check.tensor("bits", bits).reshape(-1, bits.shape[-1])
+        if words.dtype != torch.int32 or 32 * words.shape[-1] < vocab_size:
+            raise ValueError(
+                f"bits must be int32 [..., {-(-vocab_size // 32)}] for vocab_size {vocab_size}, "
+                f"got {words.dtype} {list(bits.shape)}"
+            )
+        shifts = torch.arange(32, device=words.device, dtype=torch.int32)
+        mask = (words[..., None] >> shifts & 1).flatten(-2)[:, :vocab_size].bool()
+        return Support.from_mask(mask)
+
+
+_LAST = torch.iinfo(torch.int32).max
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.to(torch.int64).cumsum(0), (1, 0))
+
+
+def _csr(ascending: Tensor, counts: Tensor) -> Support:
+    slots = torch.arange(ascending.shape[-1], device=ascending.device)
+    return Support(ascending[slots < counts[:, None]].to(torch.int32), _offsets(counts))
+
+
+def check(support, z: Tensor, shape) -> tuple[Tensor | None, Tensor | None]:
+    """(ids, offsets) of a support argument for tokens of `shape`, or (None, None)."""
+    if support is None:
+        return None, None
+    if not isinstance(support, Support):
+        raise TypeError(
+            f"support must be a pyrlk.Support or None, got {type(support).__name__}; "
+            "see Support.from_lists, from_padded, from_mask, from_bits"
+        )
+    ids, offsets = (_check.like(f"support.{n}", getattr(support, n), z) for n in support._fields)
+    if ids.dtype != torch.int32 or ids.dim() != 1 or not ids.is_contiguous():
+        raise TypeError(
+            f"support.ids must be contiguous int32 [N], got {ids.dtype} {list(ids.shape)}"
+        )
+    if offsets.dtype != torch.int64 or not offsets.is_contiguous():
+        raise TypeError(f"support.offsets must be contiguous int64, got {offsets.dtype}")
+    if offsets.shape != (shape.numel() + 1,):
+        raise ValueError(
+            f"support.offsets must have shape [{shape.numel() + 1}] for {shape.numel()} tokens, "
+            f"got {list(offsets.shape)}"
+        )
+    return ids, offsets
+
+
+def check_values(ids: Tensor | None, offsets: Tensor | None, vocab: int) -> None:
+    """On CPU: offsets rise from 0 within ids; ids lie in [0, vocab) and ascend in a row."""
+    if ids is None or offsets is None:
+        return
+    fall = offsets[1:] < offsets[:-1]
+    if int(offsets[0]) != 0 or bool(fall.any()) or int(offsets[-1]) > ids.numel():
+        raise ValueError(
+            f"support.offsets must rise from 0 to at most {ids.numel()} (the number of ids)"
+        )
+    used = ids[: int(offsets[-1])]
+    outside = (used < 0) | (used >= vocab)
+    if bool(outside.any()):
+        at = int(outside.to(torch.int8).argmax())
+        raise ValueError(f"support.ids[{at}] = {int(used[at])} is outside [0, {vocab})")
+    first = torch.zeros(used.numel() + 1, dtype=torch.bool)
+    first[offsets] = True
+    unordered = (used[1:] <= used[:-1]) & ~first[1 : used.numel()]
+    if bool(unordered.any()):
+        at = int(unordered.to(torch.int8).argmax()) + 1
+        raise ValueError(
+            f"support.ids[{at}] = {int(used[at])} must be greater than the id before it"
+        )
+
+
+def check_cuda(ids: Tensor | None) -> None:
+    if ids is not None:
+        raise NotImplementedError("support is not built for CUDA yet: score on CPU, or without it")

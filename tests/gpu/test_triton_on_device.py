@@ -1,0 +1,168 @@
+"""The Triton kernels on a device: float64 accuracy in every dtype, equal bits, no recompilation."""
+
+import types
+
+import pytest
+import torch
+
+from pyrlk import objective, reference
+
+pytest.importorskip("triton")
+
+from pyrlk.triton_kernels import logprob, policy_loss, sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+# Relative error of a gradient in norm: that of the float32 arithmetic, or of rounding to 16 bits.
+BOUNDS = [(torch.float32, 4e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, device="cuda", dtype=dtype)
+
+
+def score(logits, tokens, temperature=1.0):
+    count = tokens.numel()
+    out = types.SimpleNamespace(logprob=empty(count), entropy=empty(count), stats=empty(count, 4))
+    logprob.token_logprobs_fwd(
+        logits, tokens, temperature, logits.shape[-1], out.logprob, out.entropy, out.stats
+    )
+    return out
+
+
+def draw(logits, top_k=50, top_p=0.95, temperature=0.8, min_p=0.0, seed=0):
+    rows = logits.shape[0]
+
+    def per_row(x, dtype=torch.float32):
+        return torch.full((rows,), x, dtype=dtype, device="cuda")
+
+    out = types.SimpleNamespace(
+        token=empty(rows, dtype=torch.int64),
+        logprob=empty(rows),
+        full_logprob=empty(rows),
+        kept=empty(rows, dtype=torch.int32),
+        status=empty(rows, dtype=torch.uint8),
+        bounds=empty(rows, 2, dtype=torch.int64),
+        ids=empty(logits.numel(), dtype=torch.int32),
+        offsets=empty(rows + 1, dtype=torch.int64),
+    )
+    sample.sample_fwd(
+        logits,
+        per_row(temperature),
+        per_row(top_k, torch.int64),
+        per_row(top_p),
+        per_row(min_p),
+        seed + torch.arange(rows, device="cuda"),
+        per_row(0, torch.int64),
+        False,
+        out.token,
+        out.logprob,
+        out.full_logprob,
+        out.kept,
+        out.status,
+        out.bounds,
+    )
+    sample.support_fwd(logits, out.bounds, out.kept, out.status, out.ids, out.offsets)
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize("vocab", [31, 4097, 151936])
+def test_fused_loss_matches_float64(dtype, bound, vocab):
+    torch.manual_seed(vocab)
+    rows = 8
+    logits = (torch.randn(rows, vocab) * 3).to(dtype)
+    tokens = torch.randint(vocab, (rows,))
+    z = logits.double().requires_grad_()
+    truth, entropy = reference.token_logprobs(z, tokens, temperature=0.75, return_entropy=True)
+    old = (truth.detach() + torch.randn(rows) * 0.2).float()
+    ref = (truth.detach() + torch.randn(rows) * 0.5).float()
+    advantages, weight = torch.randn(rows), torch.rand(rows)
+    terms = objective.terms(objective.DAPO(), kl_coef=0.1, entropy_coef=0.01)
+    loss = objective.token_loss(
+        truth, old.double(), advantages.double(), ref.double(), entropy, terms
+    )
+    (loss * weight.double()).sum().backward()
+    grad, per_token, own = logits.cuda(), empty(rows), empty(rows)
+    policy_loss.policy_loss_fwd(
+        grad,
+        tokens.cuda(),
+        old.cuda(),
+        advantages.cuda(),
+        weight.cuda(),
+        ref.cuda(),
+        0.75,
+        vocab,
+        terms,
+        per_token,
+        own,
+        None,
+        grad,
+    )
+    torch.testing.assert_close(own.cpu().double(), truth.detach(), atol=1e-6, rtol=1e-7)
+    torch.testing.assert_close(per_token.cpu().double(), loss.detach(), atol=2e-6, rtol=2e-6)
+    assert (grad.cpu().double() - z.grad).norm() <= bound * z.grad.norm()
+    assert torch.equal(own, score(logits.cuda(), tokens.cuda(), 0.75).logprob)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampler_keeps_the_float64_set_and_reports_the_scorers_bits(dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(16, 151936, device="cuda") * 3).to(dtype)
+    out = draw(logits)
+    truth = reference.kept_mask(logits.float(), temperature=0.8, top_k=50, top_p=0.95)
+    assert torch.equal(out.kept.cpu(), truth.sum(-1).to(torch.int32))
+    ids = out.ids[: out.offsets[-1]].cpu().long()
+    assert torch.equal(ids, truth.nonzero()[:, 1])
+    assert truth.gather(1, out.token.cpu()[:, None]).all()
+    assert torch.equal(out.full_logprob, score(logits, out.token, 0.8).logprob)
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    logits = torch.randn(300, 151936, device="cuda").bfloat16()
+    tokens = torch.randint(151936, (300,), device="cuda")
+    together, alone = score(logits, tokens), score(logits[7:8], tokens[7:8])
+    assert torch.equal(together.stats[7], alone.stats[0])
+    assert torch.equal(together.stats, score(logits, tokens).stats)
+
+
+def test_lengths_and_hyper_parameters_compile_nothing_twice():
+    def step(length, temperature, eps):
+        logits = torch.randn(2, length + 1, 4097, device="cuda")[:, :-1]
+        tokens = torch.randint(4097, (2 * length,), device="cuda")
+        ones, out = empty(2 * length).fill_(1), empty(2 * length)
+        score(logits, tokens, temperature)
+        terms = objective.terms(objective.DAPO(eps_high=eps))
+        policy_loss.policy_loss_fwd(
+            logits, tokens, ones, ones, ones, None, temperature, 4097, terms, out, out, None, None
+        )
+        draw(logits[:, 0], temperature=temperature)
+
+    def compiled():
+        kernels = (
+            logprob.token_logprobs_fwd_kernel,
+            policy_loss.policy_loss_fwd_kernel,
+            sample.sample_fwd_kernel,
+            sample.support_fwd_kernel,
+        )
+        return [sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels]
+
+    step(1, 1.0, 0.28)
+    step(16, 0.7, 0.28)
+    before = compiled()
+    for length in (2, 3, 7, 8, 15, 17, 32, 100):
+        step(length, 1.0 / length, 0.01 * length)
+    assert compiled() == before
+
+
+def test_launches_are_captured_by_a_cuda_graph():
+    logits = torch.randn(8, 32000, device="cuda").bfloat16()
+    draw(logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = draw(logits)
+    graph.replay()
+    assert torch.equal(out.token, draw(logits).token)

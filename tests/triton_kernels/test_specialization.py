@@ -1,0 +1,91 @@
+"""Lengths and hyper-parameters are run-time arguments: the launchers compile each kernel once.
+
+A stand-in driver compiles for sm_90 without a device, and launches end where the compiler does.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from pyrlk import objective
+from pyrlk.triton_kernels import logprob, policy_loss, sample
+
+VOCAB = 4096 + 1
+
+
+class Sm90:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function that returns how often each kernel has been compiled."""
+
+    def compile_only(self, grid):
+        return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=True, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    kernels = [
+        logprob.token_logprobs_fwd_kernel,
+        logprob.token_logprobs_bwd_kernel,
+        policy_loss.policy_loss_fwd_kernel,
+        policy_loss.scale_fwd_kernel,
+        sample.support_fwd_kernel,
+    ]
+    for kernel in kernels:
+        monkeypatch.setattr(
+            kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder)
+        )
+    monkeypatch.setattr(driver, "_active", Sm90())
+    return lambda: [len(kernel.device_caches[0][0]) for kernel in kernels]
+
+
+def step(length, temperature, eps):
+    # Strides of [B, L, V] views change with L; slices of per-token tensors start anywhere.
+    logits = torch.empty(2, length + 1, VOCAB, dtype=torch.bfloat16)[:, :-1]
+    count = 2 * length
+    flat = torch.empty(count + 1)[length % 2 :]
+    tokens = torch.empty(count + 1, dtype=torch.int64)[length % 2 :]
+    stats = torch.empty(count, 4)
+    terms = objective.terms(objective.DAPO(eps_high=eps), kl_coef=eps, entropy_coef=eps)
+    logprob.token_logprobs_fwd(logits, tokens, temperature, VOCAB, flat, flat, stats)
+    logprob.token_logprobs_bwd(logits, tokens, temperature, VOCAB, stats, flat, flat, logits)
+    policy_loss.policy_loss_fwd(
+        logits,
+        tokens,
+        flat,
+        flat,
+        flat,
+        flat,
+        temperature,
+        VOCAB,
+        terms,
+        flat,
+        flat,
+        flat,
+        logits,
+    )
+    policy_loss.scale_(logits, torch.empty(()))
+    kept, offsets = torch.ones(2, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
+    bounds, status = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, dtype=torch.uint8)
+    ids = torch.empty(length, dtype=torch.int32)
+    sample.support_fwd(torch.empty(2, VOCAB), bounds, kept, status, ids, offsets)
+
+
+def test_lengths_and_hyper_parameters_compile_nothing_twice(compiled):
+    # 1 and multiples of 16 are the values that Triton likes to specialise on.
+    for length in (1, 2, 15, 16, 17, 31, 48, 300):
+        step(length, 1.0 / length, 0.01 + length / 2**20)
+    assert compiled() == [1, 1, 1, 1, 1]
