@@ -95,7 +95,7 @@ def run(z, arguments, options):
     return loss.detach(), leaf.grad
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases())
 def test_loss_and_gradient_equal_float64(oracle, case):
     z, arguments, options = case
@@ -107,7 +107,7 @@ def test_loss_and_gradient_equal_float64(oracle, case):
     oracle.assert_gradient(grad, truth, options["temperature"])
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(cases((torch.bfloat16, torch.float16)))
 def test_16_bit_gradients_are_correctly_rounded_but_for_one_ulp(oracle, case):
     z, arguments, options = case
@@ -119,7 +119,7 @@ def test_16_bit_gradients_are_correctly_rounded_but_for_one_ulp(oracle, case):
     oracle.assert_gradient(grad, truth, options["temperature"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases((torch.float32, torch.bfloat16, torch.float64)))
 def test_in_place_and_loss_alone_give_the_same_bits(case):
     z, arguments, options = case
@@ -133,7 +133,7 @@ def test_in_place_and_loss_alone_give_the_same_bits(case):
     assert torch.equal(leaf.grad, grad)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases((torch.float32,)))
 def test_from_logprobs_and_a_callable_equal_the_fused_path(oracle, case):
     z, (tokens, old, adv, mask), options = case

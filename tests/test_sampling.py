@@ -16,7 +16,8 @@ from pyrlk.sampling import EMPTY, INF, NAN
 # One token, two, and both neighbours of a group of 64 lanes and of a tile of 4096.
 VOCABS = [1, 2, 63, 64, 65, 1000, 4095, 4097]
 TEMPERATURES = [1e-6, 0.3, 1.0, 1e3]
-TOP_P = [0.0, 0.3, 0.9, 0.95, 1 - 2**-16, 1.0]
+# 0.25 and 0.5 end exactly on a token of an even row.
+TOP_P = [0.0, 0.25, 0.3, 0.5, 0.9, 0.95, 1 - 2**-16, 1.0]
 
 
 def adversarial_rows(vocab):
@@ -42,9 +43,9 @@ def adversarial_rows(vocab):
 @pytest.mark.parametrize("order", ["top_k_first", "joint"])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_kept_sets_equal_the_reference_exactly(vocab, order):
-    """Each row under a random draw of the parameters: 2,000 pairs a size, 200 of the largest."""
+    """Each row under a random draw of the parameters: 5,200 (row, parameters) pairs in all."""
     torch.manual_seed(vocab)
-    z = torch.stack([*adversarial_rows(vocab)]).repeat(170 if vocab < 4000 else 20, 1)
+    z = torch.stack([*adversarial_rows(vocab)]).repeat(30 if vocab < 4000 else 12, 1)
     rows = z.shape[0]
 
     def pick(values):
@@ -80,7 +81,7 @@ SETTINGS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_and_log_probs_equal_the_reference_and_the_scorer(settings, dtype):
     torch.manual_seed(0)
-    z = (4 * torch.randn(256, 3000)).to(dtype)
+    z = (4 * torch.randn(100, 3000)).to(dtype)
     got = pyrlk.sample(z, seed=5, position=9, return_support=True, **settings)
     want = reference.sample(z, seed=5, position=9, **settings)
     assert torch.equal(got.token, want.token)
@@ -158,7 +159,7 @@ def test_a_million_draws_follow_the_distribution(settings):
 def test_the_same_statistic_catches_a_planted_fault(fault):
     keep = reference.kept_mask(ROW[None], top_k=20)[0]
     p = torch.where(keep, ROW.double(), -math.inf).softmax(0)
-    assert chi_square_z(draws(ROW, 1 << 20, **fault), p) > 6
+    assert chi_square_z(draws(ROW, 1 << 19, **fault), p) > 6
 
 
 def philox(counter, key):
