@@ -207,6 +207,39 @@ def test_through_logits(batch, compare, name):
 
 
 @BY_NAME
+def test_through_hidden_states(batch, compare, name):
+    """linear_policy_loss in chunks of four rows: gradients by the hidden states and the head."""
+    d = batch()
+    options, objective, normalizer = of(name, d)
+    torch.manual_seed(9)
+    hidden = torch.randn(*d.mask.shape, 5, dtype=torch.float64)
+    head = torch.randn(d.logits.shape[-1], 5, dtype=torch.float64) / 5
+    pairs = []
+    for peer in (False, True):
+        x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        logprobs = (x @ w.T).log_softmax(-1).gather(-1, d.tokens[..., None])[..., 0]
+        d = d._replace(old=logprobs.detach() + d.old - d.logprobs, logprobs=logprobs.detach())
+        if peer:
+            loss, slope = theirs(d, logprobs=logprobs, **options)
+            slopes = torch.autograd.grad(logprobs, (x, w), slope)
+        else:
+            loss = pyrlk.linear_policy_loss(
+                x,
+                w,
+                d.tokens,
+                d.old,
+                d.advantages[:, 0],
+                d.mask,
+                objective=objective,
+                normalizer=normalizer,
+                chunk=4,
+            )
+            slopes = torch.autograd.grad(loss, (x, w))
+        pairs.append((loss.detach(), *slopes))
+    assert compare(*pairs) <= BOUND
+
+
+@BY_NAME
 @pytest.mark.parametrize("per_token", [False, True], ids=["per sequence", "per token"])
 def test_kl_to_a_reference(batch, compare, name, per_token):
     d = batch(per_token=per_token)
