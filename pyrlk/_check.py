@@ -73,8 +73,8 @@ def flag(name: str, x) -> bool:
     return x
 
 
-def logits(x, name: str = "logits", width: str = "V") -> Tensor:
-    """Logits [..., V] with V ≥ 1, last stride 1, and rows that two strides address."""
+def rows(x, name: str, width: str) -> Tensor:
+    """[..., width] with width ≥ 1 in a dtype of the kernels; float64 on CPU only."""
     x = tensor(name, x)
     allowed = (*LOGITS_DTYPES, torch.float64) if x.device.type == "cpu" else LOGITS_DTYPES
     if x.dtype not in allowed:
@@ -84,6 +84,12 @@ def logits(x, name: str = "logits", width: str = "V") -> Tensor:
         raise ValueError(
             f"{name} must have shape [..., {width}] with {width} ≥ 1, got {list(x.shape)}"
         )
+    return x
+
+
+def logits(x, name: str = "logits") -> Tensor:
+    """Logits [..., V] with V ≥ 1, last stride 1, and rows that two strides address."""
+    x = rows(x, name, "V")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} must have stride 1 in its last dimension, got strides {list(x.stride())}; "

@@ -205,7 +205,7 @@ def linear_policy_loss(
 
 def _check_head(hidden, weight, bias, softcap, logits_dtype, chunk) -> tuple[float, bool, int]:
     """(softcap or 0, whether logits are wider than their operands, chunk or 0) for the ops."""
-    _check.logits(hidden, "hidden", "H")
+    _check.rows(hidden, "hidden", "H")
     dtype, width = hidden.dtype, hidden.shape[-1]
     _check.like("weight", weight, hidden, "hidden")
     if weight.dtype != dtype:
@@ -255,19 +255,24 @@ class _Head:
     def __init__(self, hidden, weight, bias, active, vocab, softcap, wide, chunk, wants):
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         self.softcap = softcap
-        self.index, self.count = _compact(active)
         cuda, device, dtype = hidden.is_cuda, hidden.device, hidden.dtype
         total = _op.compute_dtype(hidden)
-        if cuda and self.index is None:
-            # No row was dropped, or none could be: 0·NaN of a masked one must not reach dweight.
+        self.index = None
+        if _capturing(hidden):
+            # How many rows are active cannot be read: all are computed, and 0·NaN of a masked one
+            # must not reach dweight.
             self.hidden = torch.where(active[:, None], self.hidden, 0)
+        else:
+            index = active.nonzero()[:, 0]
+            self.index = None if index.numel() == active.numel() else index
+        self.count = active.numel() if self.index is None else self.index.numel()
         # The operands of the products. torch has no mixed ones on CPU.
         self.dtype = total if wide and not cuda else dtype
         self.weight = weight[:vocab].to(self.dtype)
         self.bias = None if bias is None else bias[:vocab].to(self.dtype)
         z_dtype = total if wide else dtype
         self.chunk = _chunk_rows(chunk, self.count, vocab * z_dtype.itemsize, cuda)
-        self.padded = cuda
+        self.padded = _fixed_shapes(hidden)
 
         def rows(width, of):
             return _buffer(self.chunk, width, of, device)
@@ -348,17 +353,21 @@ class _Head:
         if plain and not (self.padded and count < self.chunk):
             return self.hidden[part]
         x = self.x[: self.chunk if self.padded else count]
-        x[:count] = self.hidden[part if self.index is None else self.index[part]]
+        if self.index is not None and self.dtype == self.hidden.dtype:
+            torch.index_select(self.hidden, 0, self.index[part], out=x[:count])
+        else:
+            x[:count] = self.hidden[part if self.index is None else self.index[part]]
         x[count:].zero_()
         return x
 
 
-def _compact(active: Tensor) -> tuple[Tensor | None, int]:
-    """(indices of the True rows or None for all of them, how many)."""
-    if active.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None, active.numel()  # their number cannot be read now
-    index = active.nonzero()[:, 0]
-    return (None if index.numel() == active.numel() else index), index.numel()
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _fixed_shapes(x: Tensor) -> bool:
+    """Whether the last chunk is padded: on CUDA, where the shape of a product picks its kernel."""
+    return x.is_cuda
 
 
 def _chunk_rows(chunk: int, count: int, row_bytes: int, cuda: bool) -> int:
@@ -478,7 +487,9 @@ def _fused(rows: Callable):
             if not want_stats and t.kl_coef == 0 and t.entropy_coef == 0:
                 active = active & (plan.advantages != 0)
             head = _Head(hidden, weight, bias, active, vocab, softcap, wide, chunk, wants)
-            kept = plan if head.index is None else plan.take(head.index)
+            unit = _unit(plan, hidden.dtype)
+            kept = plan._replace(weight=plan.weight / unit)
+            kept = kept if head.index is None else kept.take(head.index)
             out = loss._per_token(hidden, plan, head.count, want_stats)
             for part in head.parts():
                 z = head.logits(part)
@@ -490,9 +501,24 @@ def _fused(rows: Callable):
                 None if out.entropy is None else _spread(out.entropy, head.index, count),
             )
             value, stats = loss._finish(plan, full, want_stats)
-            return value, stats, head.dhidden.view(_shape(hidden, wants)), head.dweight, head.dbias
+            dhidden = head.dhidden.view(_shape(hidden, wants))
+            return value, stats, dhidden, head.dweight, head.dbias, unit
 
     return linear_policy_loss_op
+
+
+def _unit(plan: loss._Plan, dtype: torch.dtype) -> Tensor:
+    """What the op's gradients are in units of: a power of two for float16, else 1.
+
+    1/T of a policy loss is below what float16 resolves, and a loss scale comes only with backward.
+    So the largest w·|A| counts as about 1/16 until then.
+    """
+    one = torch.ones((), dtype=plan.weight.dtype, device=plan.weight.device)
+    if dtype != torch.float16 or plan.weight.numel() == 0:
+        return one
+    size = torch.where(plan.weight != 0, plan.weight * plan.advantages.abs(), 0).amax()
+    unit = torch.exp2(torch.log2(size).ceil() + 4)
+    return torch.where((size > 1e-30) & (size < 1e30), unit, one)
 
 
 def _shape(hidden: Tensor, wants) -> torch.Size:
@@ -501,7 +527,8 @@ def _shape(hidden: Tensor, wants) -> torch.Size:
 
 def _fused_fake(hidden, weight, *rest):
     ints, wants = rest[-3], rest[-1]
-    return *loss._results_fake(hidden, ints), *_grads_fake(hidden, weight, wants)
+    value, stats = loss._results_fake(hidden, ints)
+    return value, stats, *_grads_fake(hidden, weight, wants), torch.empty_like(value)
 
 
 @_op.op("linear_policy_loss", fake=_fused_fake, cuda=_fused(loss._rows_cuda))
@@ -526,8 +553,11 @@ def _linear_policy_loss(
     integers: list[int],
     numbers: list[float],
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, ∂hidden, ∂weight, ∂bias); empty where not wanted, sums in float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, ∂hidden, ∂weight, ∂bias, the unit of the three).
+
+    Empty where not wanted; ∂weight and ∂bias are float32 sums.
+    """
     return _fused(loss._rows_cpu)(
         hidden, weight, bias, tokens, old_logprobs, advantages, mask, ref_logprobs,
         rollout_logprobs, cu_seqlens, normalizer, temperatures, temperature, vocab, softcap, wide,
@@ -535,11 +565,11 @@ def _linear_policy_loss(
     )  # fmt: skip
 
 
-def _attach(hidden, weight, bias, dhidden, dweight, dbias, value):
+def _attach(hidden, weight, bias, dhidden, dweight, dbias, unit, value):
     return value.clone()
 
 
-def _attach_fake(hidden, weight, bias, dhidden, dweight, dbias, value):
+def _attach_fake(hidden, weight, bias, dhidden, dweight, dbias, unit, value):
     return torch.empty_like(value)
 
 
@@ -551,14 +581,15 @@ def _attach_grads(
     dhidden: Tensor,
     dweight: Tensor,
     dbias: Tensor,
+    unit: Tensor,
     value: Tensor,
 ) -> Tensor:
     """The loss as a function of its leaves, whose gradients are known; backward consumes them."""
-    return _attach(hidden, weight, bias, dhidden, dweight, dbias, value)
+    return _attach(hidden, weight, bias, dhidden, dweight, dbias, unit, value)
 
 
 def _attach_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[3:6])
+    ctx.save_for_backward(*inputs[3:7])
     ctx.weight, ctx.dtype, ctx.spent = _megatron(inputs[1]), inputs[1].dtype, False
 
 
@@ -568,14 +599,14 @@ def _attach_backward(ctx, factor):
             "second backward through the same pyrlk loss: its gradient was handed over by the first"
         )
     ctx.spent = True
-    grads = ctx.saved_tensors
+    *grads, unit = ctx.saved_tensors
     if torch.is_grad_enabled():
         raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
     needed = ctx.needs_input_grad[:3]
     for grad, wanted in zip(grads, needed, strict=True):
         if wanted:
-            _op.scale_(grad, factor)
-    return *_hand_over(grads, needed, ctx.weight, ctx.dtype), None, None, None, None
+            _op.scale_(grad, factor * unit)
+    return *_hand_over(grads, needed, ctx.weight, ctx.dtype), *(None,) * 5
 
 
 _attach_grads.register_autograd(_attach_backward, setup_context=_attach_setup)
