@@ -1,10 +1,11 @@
-"""The batch side of DAPO (arXiv 2503.14476): advantages in a group, dynamic sampling, overlong shaping.
+"""The batch side of DAPO (arXiv 2503.14476): group advantages, dynamic sampling, overlong shaping.
 
     advantage       A_i = (R_i − mean(R)) / (std(R) + eps),  over the G responses to one prompt
     informative     not all rewards of the group are equal: else every A_i is 0
     overlong        0 up to Lmax − Lcache tokens, then linear, −1 from Lmax on
 
-Rewards are in the user's own unit, advantages have none (scale="std") or the reward's (scale="none").
+Rewards are in the user's own unit; advantages have none with scale="std", that of the rewards with
+scale="none".
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def group_advantages(
     Returns
     -------
     [N] float32 (float64 for float64 rewards), in the order of `rewards`; computed in float64.
-        A group of one, or of bitwise equal rewards, is exactly 0. Graded rewards are as good as 0/1.
-        A group of equal rewards has no scale: nothing is divided, not even with eps = 0.
+        A group of one, or of bitwise equal rewards, is exactly 0, also with eps = 0. Graded rewards
+        are as good as 0/1.
 
     Raises
     ------
@@ -92,9 +93,9 @@ def informative_groups(
 
     Returns
     -------
-    bool, one a group: in the order of the responses, or in ascending id with `group_ids`. A group of
-    one is never informative. With group_ids the result's size depends on their values, so that form
-    synchronises on CUDA.
+    bool, one a group: in the order of the responses, or in ascending id with `group_ids`. A group
+    of one is never informative. With group_ids the result's size depends on their values, so that
+    form synchronises on CUDA.
 
     Raises
     ------
@@ -156,16 +157,17 @@ class TooFewGroups(RuntimeError):
 class DynamicSampler:
     """Batches of informative groups only: generate, drop the groups without signal, go on.
 
-    Iterating yields lists of exactly `target_groups` groups. What a round brings beyond that is kept
-    and opens the next batch (its behaviour log-probs are then those of the older policy). A round
-    asks for as many groups as the batch still lacks, divided by the kept share of the previous batch
-    and this one so far, and never for more than 4 · target_groups.
+    Iterating yields lists of exactly `target_groups` groups. What a round brings beyond that is
+    kept and opens the next batch (its behaviour log-probs are then those of the older policy). A
+    round asks for as many groups as the batch still lacks, divided by the kept share of the
+    previous batch and this one so far, and never for more than 4 · target_groups.
 
     Parameters
     ----------
     generate : callable
-        generate(n) → iterable of (prompt, responses, rewards) groups, n of them or any other number;
-        rewards are group_size numbers, as a sequence or a 1-d tensor. The rest is passed on unread.
+        generate(n) → iterable of (prompt, responses, rewards) groups, n of them or any other
+        number; rewards are group_size numbers, as a sequence or a 1-d tensor. The rest is passed on
+        unread.
     group_size : int ≥ 2
     target_groups : int ≥ 1
     max_rounds : int ≥ 1

@@ -90,7 +90,9 @@ def _cpu() -> list[Line]:
     cores = f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"
     return [
         extension,
-        Line("cpu", f"{_cpu_name()}: {' '.join(f for f in _FLAGS if f in flags) or 'no SIMD found'}"),
+        Line(
+            "cpu", f"{_cpu_name()}: {' '.join(f for f in _FLAGS if f in flags) or 'no SIMD found'}"
+        ),
         Line("cores", f"{cores}; {torch.get_num_threads()} torch threads"),
     ]
 
@@ -137,7 +139,9 @@ def _hand_over() -> list[Line]:
     lines = [_host_handles(), *_cuda_handles()]
     try:
         shm = shutil.disk_usage("/dev/shm")
-        lines.append(Line("/dev/shm", f"{shm.free / 2**30:.1f} of {shm.total / 2**30:.1f} GiB free"))
+        lines.append(
+            Line("/dev/shm", f"{shm.free / 2**30:.1f} of {shm.total / 2**30:.1f} GiB free")
+        )
     except OSError as error:
         lines.append(Line("/dev/shm", f"{error}"))
     allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))

@@ -1,4 +1,4 @@
-"""Group advantages, informative groups, overlong shaping, dynamic sampling: against plain Python."""
+"""Group advantages, informative groups, overlong shaping, dynamic sampling, by plain Python."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_advantages_are_those_of_plain_python(data, size, count, scale, eps, lea
     options = {"scale": scale, "eps": eps, "leave_one_out": leave_one_out}
     got = group_advantages(rewards, size, **options)
     wanted = [a for group in groups for a in advantages_of(group, **options)]
-    torch.testing.assert_close(
-        got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-7)
     informative = [any(r != group[0] for r in group) for group in groups]
     assert informative_groups(rewards, size).tolist() == informative
 

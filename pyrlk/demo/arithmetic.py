@@ -1,6 +1,6 @@
 """Verifiable arithmetic: problems, a careless teacher's demonstrations, and the reward.
 
-    prompt "37+45="     response "82"     reward 1 if the first number of the response is a + b, else 0
+    prompt "37+45="   response "82"   reward 1 if the first number in the response is a + b, else 0
 
 Two-digit additions, split once: a held-out problem and its mirror image (45+37) are both unseen.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 HELDOUT = 500
 # How the teacher of the warm-up errs: reinforcement has to find out which habit pays.
-FORGETS_CARRIES = 0.7
+FORGETS_CARRIES = 0.75
 RAMBLES = 0.15
 
 

@@ -57,7 +57,9 @@ class Progress:
             self._steps = self._bars.add_task(self._config.algorithm, total=total, state="")
         self._bars.update(self._steps, completed=metrics["step"], state=state)
         if "heldout" in metrics:
-            self.note(f"held-out accuracy of version {metrics['version']}: {metrics['heldout']:.3f}")
+            self.note(
+                f"held-out accuracy of version {metrics['version']}: {metrics['heldout']:.3f}"
+            )
         if metrics["step"] % LINE_EVERY == 0:
             self.note(f"step {metrics['step']:>4}  {state}")
 

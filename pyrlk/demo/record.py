@@ -1,9 +1,9 @@
 """The files of a run.
 
-    metrics.jsonl    one line a step, no wall-clock: the same seed gives the same bytes
-    timing.jsonl     one line a step, seconds
-    checkpoint.pt    the last completed step that was saved; replaced atomically
-    curve.svg .png   the picture
+metrics.jsonl    one line a step, no wall-clock: the same seed gives the same bytes
+timing.jsonl     one line a step, seconds
+checkpoint.pt    the last completed step that was saved; replaced atomically
+curve.svg .png   the picture
 """
 
 from __future__ import annotations

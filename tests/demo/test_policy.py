@@ -25,7 +25,7 @@ def small():
 def folder(tmp_path_factory):
     """A transformers folder of another architecture, with a tokenizer of its own."""
     path = str(tmp_path_factory.mktemp("llama"))
-    vocab = {c: i for i, c in enumerate("<e>|<p>|<b>|0|1|2|3|4|5|6|7|8|9|+|=".split("|"))}
+    vocab = {c: i for i, c in enumerate(["<e>", "<p>", "<b>", *"0123456789+="])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<p>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     transformers.PreTrainedTokenizerFast(
