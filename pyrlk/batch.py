@@ -1,12 +1,11 @@
-"""The batch side of DAPO (arXiv 2503.14476): advantages in a group, dynamic sampling, overlong
-shaping.
+"""The batch side of DAPO (arXiv 2503.14476): group advantages, dynamic sampling, overlong shaping.
 
     advantage       A_i = (R_i − mean(R)) / (std(R) + eps),  over the G responses to one prompt
     informative     not all rewards of the group are equal: else every A_i is 0
     overlong        0 up to Lmax − Lcache tokens, then linear, −1 from Lmax on
 
-Rewards are in the user's own unit, advantages have none (scale="std") or the reward's
-(scale="none").
+Rewards are in the user's own unit; advantages have none with scale="std", that of the rewards with
+scale="none".
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ def group_advantages(
     Returns
     -------
     [N] float32 (float64 for float64 rewards), in the order of `rewards`; computed in float64.
-        A group of one, or of bitwise equal rewards, is exactly 0. Graded rewards are as good as
-        0/1. A group of equal rewards has no scale: nothing is divided, not even with eps = 0.
+        A group of one, or of bitwise equal rewards, is exactly 0, also with eps = 0. Graded rewards
+        are as good as 0/1.
 
     Raises
     ------

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,7 @@ def _demo_parser(commands) -> None:
     parser.add_argument("--algorithm", choices=("dapo", "grpo", "ppo", "reinforce"))
     parser.add_argument("--model", metavar="PATH", help="a transformers causal LM folder")
     parser.add_argument("--device", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--threads", type=_integer(1, 1024), help="default: all usable cores")
     parser.add_argument("--lr", type=_positive, help="learning rate of the RL steps")
     parser.add_argument("--warmup-lr", type=_positive, help="learning rate of the warm-up")
     parser.add_argument("--warmup-steps", type=_integer(0, 10**6), help="at most; default 300")
@@ -95,8 +97,9 @@ def _demo_config(args: argparse.Namespace):
     from pyrlk.demo.record import Record
 
     fields = [field.name for field in dataclasses.fields(Config)]
-    given = {name: getattr(args, name, None) for name in fields}
-    given = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {
+        name: value for name, value in vars(args).items() if name in fields and value is not None
+    }
     if "model" in given:
         if not (Path(given["model"]) / "config.json").is_file():
             args.parser.error(f"argument --model: {given['model']} holds no config.json")

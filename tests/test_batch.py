@@ -1,4 +1,4 @@
-"""Group advantages, informative groups, overlong shaping, dynamic sampling: against plain Python."""
+"""Group advantages, informative groups, overlong shaping, dynamic sampling, by plain Python."""
 
 from __future__ import annotations
 

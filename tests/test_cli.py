@@ -1,4 +1,4 @@
-"""`pyrlk demo | bench | doctor`: what a wrong command line says, and that doctor tells the truth."""
+"""`pyrlk demo | bench | doctor`: what a wrong command line says; doctor tells the truth."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ engine (second process) · trainer (the loop) · learn · warmup · rollout · a
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,10 +44,11 @@ def run(config: Config, folder: Path, *, resume: bool = False) -> Result:
     from .record import Record
     from .trainer import Stopped, Trainer
 
-    threads = usable_cores()
-    fix(threads)
+    # A sum's rounding depends on the number of threads: a resumed run keeps its own.
+    config = dataclasses.replace(config, threads=config.threads or usable_cores())
+    fix(config.threads)
     record = Record(folder)
-    with Progress(config) as progress, Engine(config, threads) as engine:
+    with Progress(config) as progress, Engine(config) as engine:
         progress.note(f"engine: process {engine.pid}; files: {folder}")
         trainer = Trainer(config, record, progress)
         if resume:

@@ -1,7 +1,6 @@
 """Verifiable arithmetic: problems, a careless teacher's demonstrations, and the reward.
 
-    prompt "37+45="     response "82"     reward 1 if the first number of the response is a + b,
-    else 0
+    prompt "37+45="   response "82"   reward 1 if the first number in the response is a + b, else 0
 
 Two-digit additions, split once: a held-out problem and its mirror image (45+37) are both unseen.
 """
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 HELDOUT = 500
 # How the teacher of the warm-up errs: reinforcement has to find out which habit pays.
-FORGETS_CARRIES = 0.7
+TEN_TOO_MANY = 0.7
 RAMBLES = 0.15
 
 
@@ -70,11 +69,10 @@ class Stream:
 
 
 def demonstration(problem: Problem, rng: random.Random) -> str:
-    """What the careless teacher writes: often without the carries, sometimes again and again."""
+    """What the careless teacher writes: often one ten too many, sometimes again and again."""
     text = str(problem.answer)
-    if rng.random() < FORGETS_CARRIES:
-        tens = (problem.a // 10 + problem.b // 10) % 10
-        text = str(tens * 10 + (problem.a + problem.b) % 10)
+    if rng.random() < TEN_TOO_MANY:
+        text = str(problem.answer + 10)
     if rng.random() < RAMBLES:
         text = " ".join([text] * rng.randint(2, 3))
     return text

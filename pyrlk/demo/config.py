@@ -1,5 +1,4 @@
-"""The settings of a demo run. All of them are in its checkpoint; `--resume` takes them from
-there."""
+"""The settings of a demo run; its checkpoint holds them, and `--resume` takes them from there."""
 
 from __future__ import annotations
 
@@ -17,13 +16,14 @@ class Config:
     algorithm: str = "dapo"
     model: str | None = None  # a transformers folder; None builds the small model
     device: str = "cpu"
+    threads: int = 0  # of each process; 0 means all usable cores, which take turns
     groups: int = 64  # informative groups a step
     group_size: int = 8
     max_length: int = 8  # tokens of a response, its end included
     cache_length: int = 4  # of which so many are on the slope of the overlong penalty
     warmup_steps: int = 300  # at most
     warmup_batch: int = 128
-    warmup_lr: float = 3e-3
+    warmup_lr: float = 4e-3
     warmup_target: float = 0.9  # stop at this pass@16
     lr: float = 5e-4
     updates: int = 2  # optimizer steps a batch: from the second on the ratio is not 1

@@ -54,13 +54,13 @@ class Sync(NamedTuple):
 class Engine:
     """The trainer's handle of the engine process; a context manager."""
 
-    def __init__(self, config: Config, threads: int):
+    def __init__(self, config: Config):
         self._directory = tempfile.mkdtemp(prefix="pyrlk-")
         socket = f"{self._directory}/weights"
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(config, threads, socket, theirs), name="pyrlk-engine", daemon=True
+            target=_serve, args=(config, socket, theirs), name="pyrlk-engine", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -140,11 +140,11 @@ class Engine:
         return EngineLost(f"the engine process ended with exit code {code}")
 
 
-def _serve(config: Config, threads: int, socket: str, pipe: Connection) -> None:
+def _serve(config: Config, socket: str, pipe: Connection) -> None:
     """The engine process, until the trainer closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when to stop
     try:
-        fix(threads)
+        fix(config.threads)
         model, codec = models.build(config.model, config.seed, config.device)
         with weights.Receiver(model, socket) as receiver:
             pipe.send("ready")

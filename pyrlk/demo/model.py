@@ -1,10 +1,11 @@
 """The policy: a small causal LM built here, or any transformers folder, with its codec.
 
-Both processes call `build`, so both have the same module; the engine's weights come from the
-trainer.
+Both processes call `build` and have the same module; the engine's weights come from the trainer.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import transformers
@@ -48,16 +49,16 @@ class TextCodec:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 Codec = CharCodec | TextCodec
 
 
 def build(path: str | None, seed: int, device: str) -> tuple[nn.Module, Codec]:
-    """The module in float32 and eval mode (no dropout: both processes must agree), and its
-    codec."""
+    """The module in float32 and eval mode (without dropout both processes agree), and its codec."""
     codec: Codec
+    model: Any
     if path is None:
         codec = CharCodec()
         config = transformers.Qwen3Config(

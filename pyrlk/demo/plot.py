@@ -1,5 +1,4 @@
-"""curve.svg and curve.png: reward, entropy, clip fraction, kept groups, update time over the
-steps."""
+"""The picture of a run: reward, entropy, clip fraction, kept groups, update time over the steps."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from .record import Record, read
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#e07a2f", "#8a8a8a"
 # No dates, no random ids: the same metrics draw the same file.
-_STYLE = {
+_STYLE: Any = {
     "svg.hashsalt": "pyrlk",
     "font.size": 9,
     "axes.spines.top": False,

@@ -1,7 +1,6 @@
 """The loop: sync → rollout → learn, and what a run leaves behind.
 
-    warm-up ▶ [ publish version n ▶ generate, reward, keep informative groups ▶ learn ] · steps ▶
-    judge
+    warm-up ▶ [ publish version n ▶ generate, reward, keep what informs ▶ learn ] · steps ▶ judge
 
 A step is complete when its optimizer steps are. The engine is needed only before that, so whenever
 it is lost, the trainer holds the end of a whole step and saves it.
@@ -23,7 +22,6 @@ from pyrlk.batch import TooFewGroups
 from . import arithmetic
 from . import model as models
 from .config import Config
-from .determinism import fix, usable_cores
 from .engine import Engine, EngineLost
 from .learn import collate, learn
 from .progress import Progress

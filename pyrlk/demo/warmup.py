@@ -1,7 +1,7 @@
 """Supervised warm-up: cross-entropy on a careless teacher, to a policy that is sometimes right.
 
-It stops at pass@16 ≥ target on training problems: reinforcement can find what at least one of 16
-samples finds. Greedy accuracy then stays at the teacher's favourite mistake.
+It stops at pass@16 ≥ target on training problems: reinforcement can find what one of 16 samples
+finds. The greedy answer is then the teacher's favourite mistake.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def small():
 def folder(tmp_path_factory):
     """A transformers folder of another architecture, with a tokenizer of its own."""
     path = str(tmp_path_factory.mktemp("llama"))
-    vocab = {c: i for i, c in enumerate("<e>|<p>|<b>|0|1|2|3|4|5|6|7|8|9|+|=".split("|"))}
+    vocab = {c: i for i, c in enumerate(["<e>", "<p>", "<b>", *"0123456789+="])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<p>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     transformers.PreTrainedTokenizerFast(
@@ -126,7 +126,7 @@ def test_learning_makes_the_rewarded_response_likelier(algorithm):
 
 def _two_groups(model, codec: CharCodec) -> Batch:
     groups = []
-    for prompt, right, wrong in [("37+45=", "82", "72"), ("62+71=", "133", "33")]:
+    for prompt, right, wrong in [("37+45=", "82", "92"), ("62+71=", "133", "143")]:
         rows = [[*codec.response(text), codec.end] for text in (right, wrong)]
         tokens = torch.tensor([row + [-100] * (8 - len(row)) for row in rows])
         ids, mask = pad_left([codec.prompt(prompt)] * 2, codec.pad, "cpu")

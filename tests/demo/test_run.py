@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 from pyrlk import demo
 from pyrlk.demo.config import Config
-config = Config(steps=int(sys.argv[2]), groups=2, group_size=16, warmup_steps=60, warmup_batch=64,
-                eval_every=4, save_every=100)
+config = Config(steps=int(sys.argv[2]), threads=1, groups=2, group_size=16,
+                warmup_steps=40, warmup_batch=64, eval_every=4, save_every=100)
 try:
     print(demo.run(config, Path(sys.argv[1]), resume=sys.argv[3] == "resume"))
 except demo.Failed as error:
@@ -70,23 +70,43 @@ class Run:
         return (self.folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_killed_engine_costs_nothing_but_the_resume(tmp_path):
-    killed = Run(tmp_path / "killed", 10**6)
+@pytest.fixture
+def start():
+    """Starts runs; none of them outlives its test."""
+    runs = []
+
+    def start(*args) -> Run:
+        runs.append(Run(*args))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.process.communicate()
+
+
+def test_a_killed_engine_costs_nothing_but_the_resume(start, tmp_path):
+    killed = start(tmp_path / "killed", 10**6)
     engine = killed.engine()
     killed.wait_for_step(2)
     os.kill(engine, signal.SIGKILL)
-    code, errors = killed.finish(timeout=5.0)
+    start_of_end = time.monotonic()
+    assert killed.process.stderr is not None
+    error = killed.process.stderr.readline().rstrip()
+    assert time.monotonic() - start_of_end < 5.0
+    code, rest = killed.finish()
     saved = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
     assert code == 1
-    assert errors.splitlines() == [
+    assert rest == ""
+    assert error == (
         f"failed: the engine process was killed by SIGKILL; step {saved['step']} is saved in "
         f"{tmp_path}/killed/checkpoint.pt: the same command with --resume continues"
-    ]
+    )
     assert saved["step"] == killed.steps()
 
     steps = saved["step"] + 2
-    resumed = Run(tmp_path / "killed", steps, "resume")
-    whole = Run(tmp_path / "whole", steps)
+    resumed = start(tmp_path / "killed", steps, "resume")
+    whole = start(tmp_path / "whole", steps)
     assert resumed.finish() == (0, "")
     assert whole.finish() == (0, "")
     assert whole.steps() == steps
@@ -99,8 +119,8 @@ def test_a_killed_engine_costs_nothing_but_the_resume(tmp_path):
         assert (tmp_path / "whole" / name).stat().st_size > 0
 
 
-def test_the_engine_does_not_outlive_the_trainer(tmp_path):
-    run = Run(tmp_path / "run", 10**6)
+def test_the_engine_does_not_outlive_the_trainer(start, tmp_path):
+    run = start(tmp_path / "run", 10**6)
     engine = run.engine()
     run.wait_for_step(1)
     run.process.kill()
