@@ -46,7 +46,7 @@ _EVERYTHING = {"KL": 3, "KL_IMPORTANCE": True, "ENTROPY_BONUS": True}
 _NO_KL = {"temperature_ptr": None, "ref_logprobs_ptr": None, "entropy_ptr": None}
 
 # One entry a shape of code that users run: name, kernel, what is None or constant in it.
-VARIANTS = [
+VARIANTS: list[tuple] = [
     ("token_logprobs_fwd", logprob.token_logprobs_fwd_kernel, _DENSE | {"temperature_ptr": None}),
     ("token_logprobs_fwd kept", logprob.token_logprobs_fwd_kernel, {"temperature_ptr": None}),
     ("token_logprobs_bwd", logprob.token_logprobs_bwd_kernel, _DENSE | {"temperature_ptr": None}),
