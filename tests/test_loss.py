@@ -95,7 +95,7 @@ def run(z, arguments, options):
     return loss.detach(), leaf.grad
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(cases())
 def test_loss_and_gradient_equal_float64(oracle, case):
     z, arguments, options = case
@@ -107,7 +107,7 @@ def test_loss_and_gradient_equal_float64(oracle, case):
     oracle.assert_gradient(grad, truth, options["temperature"])
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(cases((torch.bfloat16, torch.float16)))
 def test_16_bit_gradients_are_correctly_rounded_but_for_one_ulp(oracle, case):
     z, arguments, options = case

@@ -55,7 +55,7 @@ def plain(objective, logp, old, adv, ref, kl, kl_coef, importance):
     return loss, slope
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.sampled_from(FUSED),
     st.floats(-20.0, -1e-3),
