@@ -24,9 +24,10 @@ class Config:
     warmup_steps: int = 300  # at most
     warmup_batch: int = 128
     warmup_lr: float = 4e-3
-    warmup_target: float = 0.9  # stop at this pass@16
-    lr: float = 5e-4
-    updates: int = 2  # optimizer steps a batch: from the second on the ratio is not 1
+    warmup_target: float = 0.97  # stop at this pass@16
+    lr: float = 3e-4
+    lr_ramp: int = 10  # steps until it is reached: AdamW's first steps are its boldest
+    updates: int = 4  # optimizer steps a batch: from the second on the ratio is not 1
     eval_every: int = 10
     save_every: int = 10
 

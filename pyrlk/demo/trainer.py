@@ -98,6 +98,8 @@ class Trainer:
         begin = self.sampler.generated, self.sampler.kept
         groups = next(self.sampler)
         clock.lap("rollout")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, (version + 1) / self.config.lr_ramp)
         metrics = learn(
             self.model, self.codec, self.optimizer, collate(groups), self.config, version
         )
