@@ -60,23 +60,13 @@ def truth(inputs, arguments, options):
     return gradients(reference.linear_policy_loss, exact, (tokens.long(), *map(wide, rest)), kept)
 
 
-def largest_logit(inputs, options):
-    x = {k: v.detach().double().nan_to_num() for k, v in inputs.items()}
-    z = reference.linear_logits(
-        x["hidden"], x["weight"], bias=x.get("bias"), softcap=options.get("softcap")
-    )
-    return z.abs().max().item()
-
-
-def bound_of(dtype, inputs, options) -> float:
-    """4e-6 is the row kernel's. A product of length n adds about √n·2⁻²⁴ in norm, and the error of
-    z, √H·2⁻²⁴·|z|, moves π by as much over τ. float64: the same with 2⁻⁵³."""
-    rows, width = inputs["hidden"].shape[:-1].numel(), inputs["hidden"].shape[-1]
-    lengths = math.sqrt(width) + math.sqrt(inputs["weight"].shape[0]) + math.sqrt(rows)
-    growth = 1 + 2 * largest_logit(inputs, options)
-    if dtype == torch.float64:
-        return 1e-12 + 2**-52 * lengths * growth
-    return 4e-6 + 2**-24 * lengths * growth
+def bound_of(inputs) -> float:
+    """4e-6 is the row kernel's. A float32 product of length n adds some √n·2⁻²⁴ in norm, in z as in
+    the gradients; 4e-6 holds the first, as errors of z of one row are independent. float64: 1e-13.
+    """
+    longest = max(*inputs["weight"].shape, inputs["hidden"].shape[:-1].numel())
+    wide = inputs["hidden"].dtype == torch.float64
+    return 1e-13 if wide else 4e-6 + 2**-24 * math.sqrt(longest)
 
 
 def assert_close(got, want, bound, floor=1e-12):
@@ -153,16 +143,16 @@ def cases(draw, dtypes=(torch.float32, torch.float64), objectives=(*FUSED, *TWO_
 @settings(max_examples=120)
 @given(cases())
 def test_loss_and_gradients_equal_float64(case):
-    inputs, _, options = case
+    inputs, *_ = case
     loss, got = gradients(pyrlk.linear_policy_loss, *case)
     want_loss, want = truth(*case)
     dtype = inputs["hidden"].dtype
-    bound = bound_of(dtype, inputs, options)
+    bound = bound_of(inputs)
     assert loss.dtype == dtype
     # Of a loss of order 1 or more: its terms cancel, and Σ w·|ℓ| is of the order of |A| = 1.
     assert abs(loss - want_loss) <= bound * max(1.0, want_loss.abs().item())
     # An all but cancelled gradient is measured against what would be there without cancellation.
-    assert_close(got, want, bound, floor=10.0)
+    assert_close(got, want, bound, floor=0.1)
     assert all(g is None or g.dtype == dtype for g in got)
 
 
@@ -222,7 +212,7 @@ def test_the_chunk_changes_nothing_but_rounding(dtype, objective):
     inputs, arguments = example(dtype, shape=(24, 32, 150))
     options = {"objective": objective, "softcap": 4.0, "entropy_coef": 0.01}
     _, whole = gradients(pyrlk.linear_policy_loss, inputs, arguments, options | {"chunk": 24})
-    bound = bound_of(dtype, inputs, options) if dtype != torch.bfloat16 else 5e-3
+    bound = bound_of(inputs) if dtype != torch.bfloat16 else 5e-3
     for chunk in (1, 7, 23, 25, 10**9, None):
         _, got = gradients(pyrlk.linear_policy_loss, inputs, arguments, options | {"chunk": chunk})
         assert_close(got, [w.double() for w in whole], bound)
@@ -373,7 +363,7 @@ def test_logprobs_and_their_gradients_equal_float64(dtype, softcap):
         assert_close(got[:2], want[:2], 4e-3)
         assert_close(got[2], want[2], 1e-2)
     else:
-        bound = bound_of(dtype, inputs, options)
+        bound = bound_of(inputs)
         assert_close(got[:2], want[:2], bound)
         assert_close(got[2], want[2], bound)
 
