@@ -12,7 +12,7 @@ ALGORITHMS = ("dapo", "grpo", "ppo", "reinforce")
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
-    steps: int = 60
+    steps: int = 40
     algorithm: str = "dapo"
     model: str | None = None  # a transformers folder; None builds the small model
     device: str = "cpu"
@@ -21,10 +21,10 @@ class Config:
     group_size: int = 8
     max_length: int = 8  # tokens of a response, its end included
     cache_length: int = 4  # of which so many are on the slope of the overlong penalty
-    warmup_steps: int = 300  # at most
+    warmup_steps: int = 250
     warmup_batch: int = 128
     warmup_lr: float = 4e-3
-    warmup_target: float = 0.97  # stop at this pass@16
+    warmup_target: float = 1.1  # stop at this pass@16
     lr: float = 3e-4
     lr_ramp: int = 10  # steps until it is reached: AdamW's first steps are its boldest
     updates: int = 4  # optimizer steps a batch: from the second on the ratio is not 1

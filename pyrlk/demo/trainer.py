@@ -40,7 +40,7 @@ class Trainer:
         self.config = config
         self.record = record
         self.progress = progress
-        self.problems, self.heldout = arithmetic.split(config.seed)
+        self.problems, self.heldout = arithmetic.split(config.seed, backwards=config.model is None)
         self.stream = arithmetic.Stream(self.problems, config.seed, "rollout")
         self.model, self.codec = models.build(config.model, config.seed, config.device)
         self.optimizer = torch.optim.AdamW(
