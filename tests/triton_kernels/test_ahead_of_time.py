@@ -23,7 +23,7 @@ QUICK = [
 SLOW = [("sm_80", "fp32"), ("sm_100", "fp32"), ("gfx942", "fp32")]
 
 # V-sized streams that a kernel reads and writes; losses read for statistics and for the gradient.
-# Over a kept set a row is read only if it is kept whole, and cleared: it, its padding, or as masked.
+# Over a kept set a row is read only if kept whole; cleared are it, its padding, or a masked row.
 STREAMS = {
     "token_logprobs_fwd": (1, 0),
     "token_logprobs_fwd kept": (1, 0),
