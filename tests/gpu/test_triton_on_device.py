@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+import pyrlk
 from pyrlk import objective, reference
 
 pytest.importorskip("triton")
@@ -24,11 +25,11 @@ def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, device="cuda", dtype=dtype)
 
 
-def score(logits, tokens, temperature=1.0):
+def score(logits, tokens, temperature=1.0, kept=None):
     count = tokens.numel()
     out = types.SimpleNamespace(logprob=empty(count), entropy=empty(count), stats=empty(count, 4))
     logprob.token_logprobs_fwd(
-        logits, tokens, temperature, logits.shape[-1], out.logprob, out.entropy, out.stats
+        logits, tokens, kept, temperature, logits.shape[-1], out.logprob, out.entropy, out.stats
     )
     return out
 
@@ -90,6 +91,7 @@ def test_fused_loss_matches_float64(dtype, bound, vocab):
     policy_loss.policy_loss_fwd(
         grad,
         tokens.cuda(),
+        None,
         old.cuda(),
         advantages.cuda(),
         weight.cuda(),
@@ -119,6 +121,71 @@ def test_sampler_keeps_the_float64_set_and_reports_the_scorers_bits(dtype):
     assert torch.equal(ids, truth.nonzero()[:, 1])
     assert truth.gather(1, out.token.cpu()[:, None]).all()
     assert torch.equal(out.full_logprob, score(logits, out.token, 0.8).logprob)
+    replayed = score(logits, out.token, 0.8, (out.ids, out.offsets))
+    assert torch.equal(out.logprob, replayed.logprob)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_replayed_loss_matches_float64(dtype, bound, inplace):
+    # Sets in one step, in many, and of the whole vocabulary; in place a race would show.
+    torch.manual_seed(0)
+    vocab = 151936
+    sets = [[vocab - 1], range(40), torch.randperm(vocab)[:50].tolist(), range(vocab)]
+    sets += [torch.randperm(vocab)[:n].tolist() for n in (1024, 5000, 60000)]
+    support, rows = pyrlk.Support.from_lists(sets), len(sets)
+    logits = (torch.randn(rows, vocab) * 3).to(dtype)
+    tokens = torch.tensor([sorted(s)[len(s) // 2] for s in sets])
+    z = logits.double().requires_grad_()
+    truth = reference.token_logprobs(z, tokens, temperature=0.75, support=support)
+    old, advantages = (truth.detach() + torch.randn(rows) * 0.1).float(), torch.randn(rows)
+    options = {"temperature": 0.75, "entropy_coef": 0.01}
+    expected = reference.policy_loss(
+        z, tokens, old.double(), advantages.double(), support=support, **options
+    )
+    expected.backward()
+    kept = pyrlk.Support(support.ids.cuda(), support.offsets.cuda())
+    leaf = logits.cuda().requires_grad_()
+    loss = pyrlk.policy_loss(
+        leaf * 1.0,
+        tokens.cuda(),
+        old.cuda(),
+        advantages.cuda(),
+        support=kept,
+        inplace=inplace,
+        **options,
+    )
+    loss.backward()
+    torch.testing.assert_close(
+        loss.detach().cpu().double(), expected.detach(), atol=2e-6, rtol=2e-6
+    )
+    assert (leaf.grad.cpu().double() - z.grad).norm() <= bound * z.grad.norm()
+    outside = ~support.to_mask(vocab)
+    assert (leaf.grad.cpu()[outside] == 0).all()
+    own = leaf.detach().requires_grad_()
+    logprob = pyrlk.token_logprobs(own, tokens.cuda(), temperature=0.75, support=kept)
+    torch.testing.assert_close(logprob.cpu().double(), truth, atol=1e-6, rtol=2e-7)
+    g = torch.randn(rows)
+    logprob.backward(g.cuda())
+    (slope,) = torch.autograd.grad(
+        reference.token_logprobs(z, tokens, temperature=0.75, support=support), z, g.double()
+    )
+    assert (own.grad.cpu().double() - slope).norm() <= bound * slope.norm()
+
+
+def test_a_broken_support_gives_nan_in_its_row_alone():
+    logits = torch.randn(5, 32000, device="cuda")
+    tokens = torch.tensor([5, 7, 5, 5, 5], device="cuda")
+    ids = torch.tensor([3, 5, 3, 5, 3, 5, 2**31 - 1, 3, 5], dtype=torch.int32, device="cuda")
+    # A member, a token outside its set, an id out of range, an empty set, offsets out of range.
+    offsets = torch.tensor([0, 2, 4, 7, 7, 2**40], device="cuda")
+    support = pyrlk.Support(ids, offsets)
+    leaf = logits.requires_grad_()
+    logprob = pyrlk.token_logprobs(leaf, tokens, support=support)
+    logprob.sum().backward()
+    assert logprob.isnan().tolist() == [False, True, True, True, True]
+    assert leaf.grad.isnan().all(-1).tolist() == [False, True, True, True, True]
+    assert leaf.grad[0].isfinite().all()
 
 
 def test_a_row_has_the_same_bits_in_any_batch():
@@ -137,7 +204,20 @@ def test_lengths_and_hyper_parameters_compile_nothing_twice():
         score(logits, tokens, temperature)
         terms = objective.terms(objective.DAPO(eps_high=eps))
         policy_loss.policy_loss_fwd(
-            logits, tokens, ones, ones, ones, None, temperature, 4097, terms, out, out, None, None
+            logits,
+            tokens,
+            None,
+            ones,
+            ones,
+            ones,
+            None,
+            temperature,
+            4097,
+            terms,
+            out,
+            out,
+            None,
+            None,
         )
         draw(logits[:, 0], temperature=temperature)
 

@@ -23,11 +23,15 @@ QUICK = [
 SLOW = [("sm_80", "fp32"), ("sm_100", "fp32"), ("gfx942", "fp32")]
 
 # V-sized streams that a kernel reads and writes; losses read for statistics and for the gradient.
+# Over a kept set a row is read only if kept whole; cleared are it, its padding, or a masked row.
 STREAMS = {
     "token_logprobs_fwd": (1, 0),
+    "token_logprobs_fwd kept": (1, 0),
     "token_logprobs_bwd": (1, 2),  # a gradient, or zeros
+    "token_logprobs_bwd kept": (0, 3),
     "policy_loss_fwd dapo": (2, 2),
     "policy_loss_fwd dapo+k3+entropy": (2, 2),
+    "policy_loss_fwd dapo+k3+entropy kept": (1, 3),
     "policy_loss_fwd reinforce": (2, 2),
     "reinforce_grad_fwd": (2, 2),
     "scale_fwd": (1, 1),

@@ -59,12 +59,15 @@ def step(length, temperature, eps):
     flat = torch.empty(count + 1)[length % 2 :]
     tokens = torch.empty(count + 1, dtype=torch.int64)[length % 2 :]
     stats = torch.empty(count, 4)
+    ids = torch.empty(length + 1, dtype=torch.int32)[length % 2 :]
+    kept = ids, torch.empty(count + 2, dtype=torch.int64)[length % 2 :]
     terms = objective.terms(objective.DAPO(eps_high=eps), kl_coef=eps, entropy_coef=eps)
     logprob.token_logprobs_fwd(logits, tokens, None, temperature, VOCAB, flat, flat, stats)
-    logprob.token_logprobs_bwd(logits, tokens, None, temperature, VOCAB, stats, flat, flat, logits)
+    logprob.token_logprobs_bwd(logits, tokens, kept, temperature, VOCAB, stats, flat, flat, logits)
     policy_loss.policy_loss_fwd(
         logits,
         tokens,
+        kept,
         flat,
         flat,
         flat,
@@ -78,10 +81,9 @@ def step(length, temperature, eps):
         logits,
     )
     policy_loss.scale_(logits, torch.empty(()))
-    kept, offsets = torch.ones(2, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
+    number, offsets = torch.ones(2, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
     bounds, status = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, dtype=torch.uint8)
-    ids = torch.empty(length, dtype=torch.int32)
-    sample.support_fwd(torch.empty(2, VOCAB), bounds, kept, status, ids, offsets)
+    sample.support_fwd(torch.empty(2, VOCAB), bounds, number, status, ids, offsets)
 
 
 def test_lengths_and_hyper_parameters_compile_nothing_twice(compiled):

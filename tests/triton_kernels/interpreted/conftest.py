@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from pyrlk.triton_kernels import kept as kept_sets
 from pyrlk.triton_kernels import logprob, policy_loss, row, sample
 
 
@@ -43,6 +44,7 @@ def patch_the_language_once():
 def small_tiles(monkeypatch):
     """Tiles of 64: rows of a few hundred columns then cross tiles, at a fraction of the time."""
     monkeypatch.setattr(row, "TILE", 64)
+    monkeypatch.setattr(kept_sets, "TILE", 32)
 
 
 def nan(*shape):
