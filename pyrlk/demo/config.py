@@ -24,12 +24,16 @@ class Config:
     warmup_steps: int = 250
     warmup_batch: int = 128
     warmup_lr: float = 4e-3
-    warmup_target: float = 1.1  # stop at this pass@16
+    warmup_target: float = 1.1  # stop at this pass@16; above 1 is never
     lr: float = 3e-4
-    lr_ramp: int = 10  # steps until it is reached: AdamW's first steps are its boldest
+    lr_ramp: int = 5  # steps until it is reached: AdamW's first steps are its boldest
     updates: int = 4  # optimizer steps a batch: from the second on the ratio is not 1
     eval_every: int = 10
     save_every: int = 10
+
+    def lr_share(self, version: int) -> float:
+        """Share of `lr` at a version: a ramp, then a fall to a tenth at the last step."""
+        return min((version + 1) / self.lr_ramp, 1.0, max(0.1, 1 - version / self.steps))
 
     @property
     def objective(self) -> Objective:

@@ -99,7 +99,7 @@ class Trainer:
         groups = next(self.sampler)
         clock.lap("rollout")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (version + 1) / self.config.lr_ramp)
+            group["lr"] = self.config.lr * self.config.lr_share(version)
         metrics = learn(
             self.model, self.codec, self.optimizer, collate(groups), self.config, version
         )
