@@ -87,5 +87,5 @@ def demonstration(problem: Problem, rng: random.Random) -> str:
 
 def reward(response: str, problem: Problem) -> float:
     """1 if the first number in the response is the answer, else 0. Length is not judged here."""
-    number = re.search(r"\d+", response)
+    number = re.search(r"-?\d+", response)
     return float(number is not None and number.group() == problem.written(problem.answer))

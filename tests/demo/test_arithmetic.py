@@ -44,8 +44,8 @@ def test_the_teacher_is_right_at_the_share_that_his_habits_leave():
     rng = random.Random(0)
     texts = [demonstration(Problem(37, 45), rng) for _ in range(4000)]
     firsts = [text.split()[0] for text in texts]
-    assert set(firsts) == {"82", "92"}
-    assert firsts.count("92") / 4000 == pytest.approx(arithmetic.TEN_TOO_MANY, abs=0.03)
+    assert set(firsts) == {"28", "29"}
+    assert firsts.count("29") / 4000 == pytest.approx(arithmetic.TEN_TOO_MANY, abs=0.03)
     rambling = sum(" " in text for text in texts) / 4000
     assert rambling == pytest.approx(arithmetic.RAMBLES, abs=0.03)
 
@@ -53,14 +53,14 @@ def test_the_teacher_is_right_at_the_share_that_his_habits_leave():
 @pytest.mark.parametrize(
     ("response", "wanted"),
     [
-        ("82", 1.0),
-        ("82 82 82", 1.0),
-        (" 82.", 1.0),
-        ("082", 1.0),
-        ("8", 0.0),
-        ("820", 0.0),
-        ("-82", 0.0),
-        ("28 82", 0.0),
+        ("28", 1.0),
+        ("28 28 28", 1.0),
+        (" 28.", 1.0),
+        ("028", 0.0),
+        ("2", 0.0),
+        ("280", 0.0),
+        ("-28", 0.0),
+        ("82 28", 0.0),
         ("", 0.0),
         ("=", 0.0),
     ],
@@ -69,14 +69,20 @@ def test_reward_judges_the_first_number(response, wanted):
     assert reward(response, Problem(37, 45)) == wanted
 
 
+def test_a_model_of_ones_own_writes_the_tens_first():
+    assert reward("82", Problem(37, 45, backwards=False)) == 1.0
+    assert reward("28", Problem(37, 45, backwards=False)) == 0.0
+    assert Problem(15, 85).written(100) == "001"
+
+
 def test_a_rambling_right_answer_is_worth_less_than_a_short_one():
     codec, config = CharCodec(), Config()
-    rows = [[*codec.response("82"), codec.end], codec.response("82 82 82")]
+    rows = [[*codec.response("28"), codec.end], codec.response("28 28 28")]
     length = config.max_length
     tokens = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
     rollout = Rollout(tokens, torch.zeros(tokens.shape))
     lengths = rollout.lengths()
-    assert rollout.texts(codec) == ["82", "82 82 82"]
+    assert rollout.texts(codec) == ["28", "28 28 28"]
     assert lengths.tolist() == [3, 8]
     rewards = torch.tensor([reward(text, Problem(37, 45)) for text in rollout.texts(codec)])
     shaped = rewards + soft_overlong_penalty(lengths, length, config.cache_length)
