@@ -24,7 +24,6 @@ class Config:
     warmup_steps: int = 250
     warmup_batch: int = 128
     warmup_lr: float = 4e-3
-    warmup_target: float = 1.1  # stop at this pass@16; above 1 is never
     lr: float = 3e-4
     lr_ramp: int = 5  # steps until it is reached: AdamW's first steps are its boldest
     updates: int = 4  # optimizer steps a batch: from the second on the ratio is not 1
