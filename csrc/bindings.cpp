@@ -11,7 +11,6 @@
 
 #include "kernels/kernels.h"
 #include "memory/cuda_driver.h"
-#include "memory/huge_pages.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
 #include "memory/threads.h"
@@ -71,7 +70,6 @@ void bind_kernels(py::module_& module) {
   module.def(
       "set_isa", [](const std::string& name) { return pyrlk::set_isa(name.c_str()); },
       py::arg("name"));
-  module.def("advise_huge_pages", &pyrlk::advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
       "token_logprobs",
       [](const PyRows& logits, Address tokens, const PyKept& kept, const PyTemperature& temperature,

@@ -16,7 +16,6 @@ from torch import Tensor
 from . import _C, _check
 
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-_HUGE = 64 << 20
 
 
 def op(name: str, *, fake: Callable, cuda: Callable, mutates: tuple[str, ...] = ()) -> Callable:
@@ -66,11 +65,7 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def empty(shape, dtype: torch.dtype, device) -> Tensor:
-    """Fresh contiguous memory; with huge pages, or its page faults cost more than the op."""
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if x.device.type == "cpu" and x.nbytes > _HUGE:
-        _C.advise_huge_pages(x.data_ptr(), x.nbytes)
-    return x
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
