@@ -64,12 +64,9 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
 
 
-def empty(shape, dtype: torch.dtype, device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def empty_gradient(logits: Tensor) -> Tensor:
-    return empty(logits.shape, logits.dtype, logits.device)
+    """Fresh memory for a gradient: contiguous, whatever the strides of the logits are."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _scale_cuda(x: Tensor, factor: Tensor) -> None:

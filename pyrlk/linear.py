@@ -284,12 +284,12 @@ class _Head:
         self.wants = wants
         self.dz = self.z if softcap == 0 or not any(wants) else rows(vocab, z_dtype)
         if wants[0]:
-            self.dhidden = _op.empty(self.hidden.shape, dtype, device)
+            self.dhidden = torch.empty(self.hidden.shape, dtype=dtype, device=device)
             if self.index is not None:
                 self.dhidden.zero_()
             self.dx = rows(self.hidden.shape[1], self.dtype)
         if wants[1]:
-            self.dweight = _op.empty(weight.shape, total, device)
+            self.dweight = torch.empty(weight.shape, dtype=total, device=device)
             self.dweight[0 if self.count == 0 else vocab :].zero_()
         if wants[2]:
             self.dbias = torch.zeros(weight.shape[0], dtype=total, device=device)
@@ -388,7 +388,8 @@ def _chunk_rows(chunk: int, count: int, row_bytes: int, cuda: bool) -> int:
 
 def _buffer(rows: int, width: int, dtype: torch.dtype, device) -> Tensor:
     """[rows, width] whose rows start on cache lines."""
-    return _op.empty((rows, -(-width // _LINE) * _LINE), dtype, device)[:, :width]
+    padded = -(-width // _LINE) * _LINE
+    return torch.empty((rows, padded), dtype=dtype, device=device)[:, :width]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -632,7 +633,7 @@ def _hand_over(grads, needed, megatron: Tensor | None, dtype: torch.dtype):
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else _op.empty(x.shape, dtype, x.device).copy_(x)
+    return x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
 
 def _score(statistics: Callable):

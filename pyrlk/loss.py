@@ -588,8 +588,7 @@ def _fused(rows: Callable):
 def _fused_fake(logits, *rest):
     ints, want_grad = rest[-3], rest[-1]
     loss, stats = _results_fake(logits, ints)
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return loss, grad if want_grad else logits.new_empty(0), stats
+    return loss, _op.empty_gradient(logits) if want_grad else logits.new_empty(0), stats
 
 
 @_op.op("policy_loss", fake=_fused_fake, cuda=_fused(_rows_cuda))
