@@ -13,8 +13,7 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import pyrlk
-from pyrlk import linear, reference
-from pyrlk import loss as loss_module
+from pyrlk import _head, linear, reference
 
 # One launch: REINFORCE to DAPO. Two passes: the others, GSPO and GMPO across whole sequences.
 FUSED = [
@@ -538,9 +537,9 @@ def test_fixed_shapes_and_undropped_rows_give_the_same(monkeypatch, objective, s
     inputs["hidden"].requires_grad_()
     arguments = (tokens, old, adv, mask)
     loss, want = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
-    monkeypatch.setattr(linear, "_fixed_shapes", lambda x: True)
+    monkeypatch.setattr(_head, "_fixed_shapes", lambda x: True)
     for capturing in (False, True):
-        monkeypatch.setattr(linear, "_capturing", lambda x, answer=capturing: answer)
+        monkeypatch.setattr(_head, "_capturing", lambda x, answer=capturing: answer)
         again, got = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
         torch.testing.assert_close(again, loss)
         assert_close(got, want, 1e-13)
@@ -578,18 +577,23 @@ def test_opcheck():
     torch.manual_seed(0)
     x, w, b = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11)
     tokens, old, adv = torch.randint(11, (2, 5)), -torch.rand(2, 5), torch.randn(2, 5)
-    ints, numbers = loss_module._flatten(pyrlk.DAPO(), None, 2, 0.0, False, 0.0)
+    integers, numbers = [1, 0, 3, 0, 0, 0], [0.2, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     nones = (None,) * 6
-    for bias, stats, wants in ((b, 1, [True] * 3), (None, 0, [False, True, False])):
+    kept = pyrlk.Support.from_lists([range(11)] * 10)
+    cases = ((b, kept, 1, [True] * 3), (None, (None, None), 0, [False, True, False]))
+    for bias, pair, stats, wants in cases:
         opcheck(
             linear._linear_policy_loss,
-            (x, w, bias, tokens, old, adv, *nones, 1.0, 11, 2.0, False, 3, [*ints, stats], numbers,
-             wants),
+            (x, w, bias, tokens, *pair, old, adv, *nones, 1.0, 11, [*integers, stats], numbers,
+             2.0, False, 3, wants),
         )  # fmt: skip
     leaves = [t.clone().requires_grad_() for t in (x, w, b)]
     for entropy in (False, True):
-        score = (*leaves, tokens, None, 1.0, 11, 0.0, False, 3, entropy)
-        opcheck(linear._linear_logprobs, score)
+        row = (tokens, *(kept if entropy else (None, None)), 1.0, None, 11, 0.0, False, 3)
+        opcheck(linear._linear_logprobs, (*leaves, *row, entropy))
+        slopes = (torch.randn(2, 5), torch.randn(2, 5) if entropy else None)
+        backward = linear._linear_logprobs_backward
+        opcheck(backward, (x, w, b, *row, *slopes, [True, entropy, True]))
     grads = (torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11))
     opcheck(linear._attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
 
