@@ -751,6 +751,7 @@ HEAD_ERRORS = [
     ({"vocab_size": 12}, ValueError, "vocab_size"),
     ({"vocab_size": 0}, ValueError, "vocab_size"),
     ({"vocab_size": 5}, ValueError, r"tokens\[5\] = 5 is outside \[0, 5\)"),
+    ({"group": object()}, ValueError, "group"),
     ({"support": [[1]] * 6}, TypeError, "support"),
     ({"support": pyrlk.Support.from_lists([range(11)] * 5)}, ValueError, "support.offsets"),
     ({"support": pyrlk.Support(IDS, torch.arange(7))}, TypeError, "support.ids"),
