@@ -667,7 +667,7 @@ def test_opcheck():
     tokens, old, adv = torch.randint(11, (2, 5)), -torch.rand(2, 5), torch.randn(2, 5)
     integers, numbers = [1, 0, 3, 0, 0, 0], [0.2, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     nones = (None,) * 6
-    kept = pyrlk.Support.from_lists([range(11)] * 10)
+    kept = pyrlk.Support.from_lists([range(11)] * 10)[:2]
     cases = ((b, kept, 1, [True] * 3), (None, (None, None), 0, [False, True, False]))
     for bias, pair, stats, wants in cases:
         opcheck(
