@@ -57,8 +57,8 @@ def checked(hidden, weight, bias, softcap, logits_dtype, chunk) -> Settings:
         raise ValueError(
             f"logits_dtype must be None, {dtype} or {_op.compute_dtype(hidden)}, got {logits_dtype}"
         )
-    if chunk is not None and _check.integer("chunk", chunk) < 1:
-        raise ValueError(f"chunk must be ≥ 1, got {chunk}")
+    if chunk is not None and not 1 <= _check.integer("chunk", chunk) < 1 << 31:
+        raise ValueError(f"chunk must lie in [1, 2^31), got {chunk}")
     main_grad = None if torch.compiler.is_compiling() else getattr(weight, "main_grad", None)
     if main_grad is not None and main_grad.shape != weight.shape:
         raise ValueError(

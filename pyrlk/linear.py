@@ -40,6 +40,7 @@ def linear_token_logprobs(
     support: Support | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
+    group: Any = None,
     chunk: int | None = None,
 ) -> Any:  # Tensor, or (Tensor, Tensor)
     """`token_logprobs` of the logits hidden @ weightᵀ (+ bias), chunk by chunk.
@@ -56,7 +57,7 @@ def linear_token_logprobs(
         z = softcap·tanh(z / softcap), after the bias and before the temperature.
     logits_dtype : torch.dtype, optional
         None: the dtype of hidden. torch.float32: logits of 16-bit operands are not rounded.
-    temperature, support, vocab_size, return_entropy
+    temperature, support, vocab_size, return_entropy, group
         As in `token_logprobs`; rows of weight from vocab_size on are not read. The logits of a
         chunk are computed for the whole vocabulary also where a support keeps few of them.
     chunk : int ≥ 1, optional
@@ -79,6 +80,7 @@ def linear_token_logprobs(
     number, per_token = _check.temperature(temperature, hidden, shape, "hidden")
     vocab = _check.vocab_size(vocab_size, weight, 0)
     with_entropy = _check.flag("return_entropy", return_entropy)
+    _check.no_group(group)
     kept = _support.check(support, hidden, shape, "hidden")
     rows = Rows(tokens, *kept, number, per_token, vocab)
     out = _linear_logprobs(hidden, weight, bias, *rows, *settings, with_entropy)
@@ -110,6 +112,7 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    group: Any = None,
     inplace: bool = False,
     return_stats: bool = False,
 ) -> Any:  # Tensor, or (Tensor, PolicyStats)
@@ -172,6 +175,7 @@ def linear_policy_loss(
     tau = _check.temperature(temperature, hidden, shape, "hidden")
     vocab = _check.vocab_size(vocab_size, weight, 0)
     kept = _support.check(support, hidden, shape, "hidden")
+    _check.no_group(group)
     if _check.flag("inplace", inplace):
         raise ValueError("inplace must be False: linear_policy_loss holds no logits to overwrite")
 
