@@ -123,7 +123,7 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
 
 
-# Where malloc stops keeping freed memory for later: every allocation from here on is a fresh mapping.
+# From here on malloc keeps nothing for later: every allocation is a fresh mapping.
 _WARM_BYTES = 32 << 20
 
 
