@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -11,9 +12,11 @@
 
 #include "kernels/kernels.h"
 #include "memory/cuda_driver.h"
+#include "memory/dlpack.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
 #include "memory/threads.h"
+#include "memory/warm_pages.h"
 
 namespace py = pybind11;
 
@@ -48,6 +51,62 @@ struct Support {
 
   std::vector<std::vector<int32_t>> rows;
 };
+
+// A tensor in warm pages, as DLPack describes it to torch.
+struct WarmTensor {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape;
+
+  static void release(DLManagedTensor* self) {
+    auto* made = static_cast<WarmTensor*>(self->manager_ctx);
+    pyrlk::give_back_warm_pages(made->managed.dl_tensor.data);
+    delete made;
+  }
+};
+
+// A capsule for torch.from_dlpack, or None where the system has no such memory.
+py::object warm_tensor(const std::vector<int64_t>& shape, int dtype) {
+  const auto type = static_cast<pyrlk::DType>(dtype);
+  const auto item = static_cast<std::size_t>(pyrlk::item_size(type));
+  std::size_t bytes = item;
+  for (const int64_t n : shape) bytes *= static_cast<std::size_t>(n);
+  auto made = std::make_unique<WarmTensor>();
+  made->shape = shape;
+  void* block = nullptr;
+  {
+    py::gil_scoped_release nogil;
+    block = pyrlk::take_warm_pages(bytes);
+  }
+  if (block == nullptr) return py::none();
+  const auto code = uint8_t(type == pyrlk::DType::kBFloat16 ? 4 : 2);
+  made->managed.dl_tensor = {
+      block,   {1, 0}, int32_t(shape.size()), {code, uint8_t(8 * item), 1}, made->shape.data(),
+      nullptr, 0};
+  made->managed.manager_ctx = made.get();
+  made->managed.deleter = WarmTensor::release;
+  // A consumer renames the capsule; under its first name nobody took the tensor.
+  PyObject* capsule = PyCapsule_New(&made->managed, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    managed->deleter(managed);
+  });
+  if (capsule == nullptr) {
+    pyrlk::give_back_warm_pages(block);
+    throw py::error_already_set();
+  }
+  made.release();
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+void bind_warm_pages(py::module_& module) {
+  module.def("warm_tensor", warm_tensor);
+  module.def("release_warm_pages", &pyrlk::release_warm_pages,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("warm_pages", [] {
+    const pyrlk::WarmPages w = pyrlk::warm_pages();
+    return py::make_tuple(w.used, w.kept);
+  });
+}
 
 // kernels/: row statistics, losses, sampling.
 void bind_kernels(py::module_& module) {
@@ -364,5 +423,6 @@ void bind_memory(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels and hand-over memory of pyrlk (raw pointers; see pyrlk/_C.pyi)";
   bind_kernels(module);
+  bind_warm_pages(module);
   bind_memory(module);
 }

@@ -46,6 +46,7 @@ _HOME = {
     "informative_groups": "batch",
     "soft_overlong_penalty": "batch",
     "DynamicSampler": "batch",
+    "empty_cache": "_op",
 }
 _MODULES = ("reference", "weights")
 
@@ -54,6 +55,7 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from . import reference as reference
     from . import weights as weights
+    from ._op import empty_cache as empty_cache
     from ._plan import PolicyStats as PolicyStats
     from .batch import DynamicSampler as DynamicSampler
     from .batch import group_advantages as group_advantages
