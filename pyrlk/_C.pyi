@@ -86,19 +86,29 @@ def sample(
 ) -> int: ...
 
 # memory: the hand-over of weights (csrc/memory).
-# An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides in elements.
-_Pieces = array[int]
+# forms, an array("Q"): of each tensor offset, itemsize, ndim, sizes, strides in elements.
+_Numbers = array[int]
 
 class CudaError(RuntimeError): ...
 
 def usable_threads(requested: int) -> int: ...
 def pack(
-    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
+    buffer: int,
+    buffer_bytes: int,
+    forms: _Numbers,
+    addresses: _Numbers,
+    checksum: bool,
+    threads: int,
 ) -> list[int]: ...
 def unpack(
-    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
+    buffer: int,
+    buffer_bytes: int,
+    forms: _Numbers,
+    addresses: _Numbers,
+    checksum: bool,
+    threads: int,
 ) -> list[int]: ...
-def checksum(buffer: int, buffer_bytes: int, ranges: list[int], threads: int) -> list[int]: ...
+def checksum(buffer: int, buffer_bytes: int, ranges: _Numbers, threads: int) -> list[int]: ...
 def segment_create(bytes: int) -> tuple[int, int]: ...
 def segment_open(fd: int, bytes: int) -> int: ...
 def segment_close(address: int, bytes: int) -> None: ...
