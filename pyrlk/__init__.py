@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "sample": "sampling",
+    "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
     "token_logprobs": "logprob",
@@ -20,10 +21,10 @@ _HOME = {
     "reinforce_loss": "loss",
     "policy_loss": "loss",
     "linear_policy_loss": "linear",
-    "policy_loss_from_logprobs": "loss",
-    "reinforce_grad": "loss",
+    "policy_loss_from_logprobs": "from_logprobs",
+    "reinforce_grad": "reinforce",
     "normalizer": "loss",
-    "PolicyStats": "loss",
+    "PolicyStats": "_plan",
     "REINFORCE": "objective",
     "PPO": "objective",
     "GRPO": "objective",
@@ -53,19 +54,18 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from . import reference as reference
     from . import weights as weights
+    from ._plan import PolicyStats as PolicyStats
     from .batch import DynamicSampler as DynamicSampler
     from .batch import group_advantages as group_advantages
     from .batch import informative_groups as informative_groups
     from .batch import soft_overlong_penalty as soft_overlong_penalty
+    from .from_logprobs import policy_loss_from_logprobs as policy_loss_from_logprobs
     from .linear import linear_policy_loss as linear_policy_loss
     from .linear import linear_token_logprobs as linear_token_logprobs
     from .logprob import token_logprobs as token_logprobs
-    from .loss import PolicyStats as PolicyStats
     from .loss import dapo_loss as dapo_loss
     from .loss import normalizer as normalizer
     from .loss import policy_loss as policy_loss
-    from .loss import policy_loss_from_logprobs as policy_loss_from_logprobs
-    from .loss import reinforce_grad as reinforce_grad
     from .loss import reinforce_loss as reinforce_loss
     from .objective import BNPO as BNPO
     from .objective import CISPO as CISPO
@@ -84,7 +84,9 @@ if TYPE_CHECKING:
     from .objective import ClipCov as ClipCov
     from .objective import DrGRPO as DrGRPO
     from .objective import KLCov as KLCov
+    from .reinforce import reinforce_grad as reinforce_grad
     from .sampling import Sample as Sample
+    from .sampling import replay as replay
     from .sampling import sample as sample
     from .support import Support as Support
 

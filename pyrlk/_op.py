@@ -1,12 +1,15 @@
 """How an op is made, and how tensors reach the kernels.
 
-An op is one torch.library schema with a `cpu` and a `cuda` kernel: the dispatcher is torch's. The
-C++ side takes addresses; a tensor of logits becomes (address, dtype, rows, vocab, width, inner,
-strides).
+An op is one torch.library schema with one body for both devices: it checks and prepares in torch,
+and leaves the sweep over V to a kernel that `by_device` picks, C++ or Triton. The C++ side takes
+addresses; a tensor of logits becomes (address, dtype, rows, vocab, width, inner, strides).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -18,18 +21,71 @@ from . import _C, _check
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def op(name: str, *, fake: Callable, cuda: Callable, mutates: tuple[str, ...] = ()) -> Callable:
-    """Registers the decorated CPU function as torch.ops.pyrlk.<name>, with CUDA twin and fake."""
+def op(
+    name: str, *, fake: Callable, mutates: tuple[str, ...] = (), cuda: Callable | None = None
+) -> Callable:
+    """Registers the decorated body as torch.ops.pyrlk.<name> for cpu and cuda.
 
-    def register(cpu: Callable) -> Any:
+    A parameter annotated with a NamedTuple stands for its fields in the schema: the op is called
+    with them one by one, body and fake receive the tuple. `cuda` is a body of its own, where the
+    two devices share nothing.
+    """
+
+    def register(body: Callable) -> Any:
+        signature, pack = _flattened(body)
+
+        def packed(function: Callable) -> Callable:
+            @functools.wraps(body)
+            def call(*args):
+                return function(*pack(args))
+
+            call.__signature__ = signature  # type: ignore[attr-defined]
+            return call
+
+        devices = ("cpu", "cuda") if cuda is None else "cpu"
         made = torch.library.custom_op(
-            f"pyrlk::{name}", cpu, mutates_args=mutates, device_types="cpu"
+            f"pyrlk::{name}", packed(body), mutates_args=mutates, device_types=devices
         )
-        made.register_kernel("cuda")(cuda)
-        made.register_fake(fake)
+        if cuda is not None:
+            made.register_kernel("cuda")(packed(cuda))
+        made.register_fake(packed(fake))
         return made
 
     return register
+
+
+def _flattened(body: Callable) -> tuple[inspect.Signature, Callable]:
+    """The signature with every NamedTuple spelt out, and what puts flat arguments back in it."""
+    whole = inspect.signature(body, eval_str=True)
+    groups: list[tuple[type | None, int]] = []
+    flat: list[inspect.Parameter] = []
+    for parameter in whole.parameters.values():
+        kind = parameter.annotation
+        if not hasattr(kind, "_fields"):
+            groups.append((None, 1))
+            flat.append(parameter)
+            continue
+        fields = typing.get_type_hints(kind)
+        groups.append((kind, len(fields)))
+        flat += [parameter.replace(name=n, annotation=a) for n, a in fields.items()]
+
+    def pack(args: tuple) -> list:
+        out, at = [], 0
+        for kind, count in groups:
+            out.append(args[at] if kind is None else kind(*args[at : at + count]))
+            at += count
+        return out
+
+    return whole.replace(parameters=flat), pack
+
+
+def by_device(*, cpu: Callable, cuda: Callable) -> Callable:
+    """The kernel for the device of its first argument, a tensor."""
+
+    def kernel(x: Tensor, *args):
+        return (cuda if x.is_cuda else cpu)(x, *args)
+
+    return kernel
 
 
 def mutates_only(*_args, **_kwargs) -> None:
@@ -69,15 +125,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _scale_cuda(x: Tensor, factor: Tensor) -> None:
-    from .triton_kernels import policy_loss
-
-    policy_loss.scale_(x, factor)
-
-
-@op("scale_", fake=mutates_only, cuda=_scale_cuda, mutates=("x",))
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor in place, x contiguous or rows of two strides; a factor of 1 touches nothing."""
+def _scale_cpu(x: Tensor, factor: Tensor) -> None:
     value = float(factor)
     if value == 1.0:
         return
@@ -85,3 +133,18 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         _C.scale(x.data_ptr(), _DTYPE_CODE[x.dtype], x.numel(), value, threads())
     else:
         x.mul_(value)
+
+
+def _scale_cuda(x: Tensor, factor: Tensor) -> None:
+    from .triton_kernels import policy_loss
+
+    policy_loss.scale_(x, factor)
+
+
+_scale = by_device(cpu=_scale_cpu, cuda=_scale_cuda)
+
+
+@op("scale_", fake=mutates_only, mutates=("x",))
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor in place, x contiguous or rows of two strides; a factor of 1 touches nothing."""
+    _scale(x, factor)

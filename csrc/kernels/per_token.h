@@ -122,7 +122,8 @@ class Distribution {
 
   void write(const RowStats& s, double logp, double g, double h, double temperature, void* out) {
     const RowSlope slope = row_slope(s, logp, g, h, temperature);
-    row_gradient(row_, dtype_, size_, temperature, s.max, slope, action_, out);
+    tile_gradient(row_, dtype_, size_, temperature, s.max, slope, action_, 0, tile_count(size_),
+                  out);
   }
 
   const Rows& z_;

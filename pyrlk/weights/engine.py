@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from . import gather, memory
 from .errors import (
     ApplyFailed,
     ChecksumMismatch,
@@ -35,17 +35,26 @@ class ModuleEngine:
     def __init__(self, module: nn.Module):
         self._state = ModuleState(module)
         self._module = module
+        self._checkpoint = gather.Checkpoint(module) if gather.is_hf(module) else None
         self._plan: _Plan | None = None
 
+    @torch.no_grad()
     def check(self, layout: Layout, partial: bool) -> None:
         # Looked up anew at every update: an engine may rebind its parameters in between.
-        table = Table(self._state.tensors())
+        table = Table(self._tensors(layout))
         plan = self._plan
         if plan is not None and plan.fits(table, layout, partial):
             plan.take(table)
             return
         self._plan = None
         self._plan = _Plan(table, layout, partial)
+
+    def _tensors(self, layout: Layout) -> dict[str, Tensor]:
+        """The module's tensors, by its own names or, if those were sent, by its checkpoint's."""
+        own = self._state.tensors()
+        if self._checkpoint is None or all(entry.name in own for entry in layout.entries):
+            return own
+        return self._checkpoint.tensors()
 
     @torch.no_grad()
     def apply(

@@ -180,12 +180,16 @@ class ModuleState:
     def of(self, module: object) -> bool:
         return self._module() is module
 
+    def module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None  # the caller holds it
+        return module
+
     def tensors(self) -> dict[str, Tensor]:
         """Name → tensor, tied weights under each of their names."""
         if self._slots and self._unchanged():
             return {name: table[key] for name, table, key in self._slots}
-        module = self._module()
-        assert module is not None  # the caller holds it
+        module = self.module()
         state = module.state_dict(keep_vars=True)
         state = {name: t for name, t in state.items() if isinstance(t, Tensor)}
         self._note(module, state)
