@@ -68,6 +68,16 @@ def _cells(row: dict) -> list[list[str]]:
             f"{row['unfused_over_linear']:.2f}×, and {memory:.1f}× the memory"
         )
         return [[row["op"], shape, dtype, ms["linear"], ratio, f"{row['gradient_error']:.1e}"]]
+    if "memcpy" in ms:
+        rate = f"memcpy takes {row['memcpy_over_pack']:.2f}×; {row['gb_per_s']:.1f} GB/s"
+        plain = f"memcpy takes {row['memcpy_over_pack_no_sum']:.2f}×"
+        return [
+            [f"{row['op']} with sums", shape, dtype, ms["pack"], rate, "bit-exact"],
+            [f"{row['op']} without", shape, dtype, ms["pack_no_sum"], plain, "bit-exact"],
+        ]
+    if "mapping" in ms:
+        stages = f"plan {ms['plan']}, check {ms['check']}, copy {ms['copy']} ms"
+        return [[row["op"], shape, dtype, ms["module"], stages, "bit-exact"]]
     ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
     return [
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",
