@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 OPS = ("policy_loss", "scaling", "linear", "sample", "pack")
-OPS = ("policy_loss", "scaling", "linear", "sample", "pack")
 TUNING = ("schedules",)  # by name alone: what a maintainer measures
 
 
