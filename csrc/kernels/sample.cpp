@@ -107,18 +107,22 @@ void in_parts(int64_t n, int parts, Body body) {
 // A null mass counts 1 a key.
 Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_t n, uint64_t need,
                        bool keep_ties, Scratch& s) {
-  if (n == 0) return {};
-  uint32_t low = keys[0], high = keys[0];
-  for (int64_t i = 0; i < n; ++i) {
-    low = std::min(low, keys[i]);
-    high = std::max(high, keys[i]);
-  }
   s.digit_keys.resize(n);
   s.digit_masses.resize(mass != nullptr ? n : 0);
-  uint64_t before = 0;  // mass of the keys below low
-  for (;;) {
-    const int wanted = n < 2048 ? 8 : 11, width = high == low ? 0 : 32 - __builtin_clz(high - low);
-    const int shift = std::max(0, width - wanted);
+  uint64_t before = 0;  // mass of the keys below those left
+  while (n > 0) {
+    uint32_t low = keys[0], high = keys[0];
+    for (int64_t i = 0; i < n; ++i) {
+      low = std::min(low, keys[i]);
+      high = std::max(high, keys[i]);
+    }
+    if (low == high) {
+      const uint64_t each = mass != nullptr ? mass[0] : 1;
+      if (before + uint64_t(n) * each < need) return {};
+      return {low, keep_ties ? Prefix{}.ties : int64_t((need - before + each - 1) / each)};
+    }
+    const int digit_bits = n < 64 ? 5 : n < 2048 ? 8 : 11;
+    const int shift = std::max(0, 32 - __builtin_clz(high - low) - digit_bits);
     s.histogram.assign(((high - low) >> shift) + 1, 0);
     uint64_t* h = s.histogram.data();
     if (mass != nullptr) {
@@ -130,12 +134,6 @@ Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_t n, ui
     uint32_t digit = 0;
     while (digit < digits && before + h[digit] < need) before += h[digit++];
     if (digit == digits) return {};
-    if (shift == 0) {
-      const uint32_t cut = low + digit;
-      if (keep_ties) return {cut, Prefix{}.ties};
-      const uint64_t each = mass != nullptr ? mass[std::find(keys, keys + n, cut) - keys] : 1;
-      return {cut, int64_t((need - before + each - 1) / each)};
-    }
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       const bool inside = (keys[i] - low) >> shift == digit;
@@ -146,9 +144,8 @@ Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_t n, ui
     n = count;
     keys = s.digit_keys.data();
     if (mass != nullptr) mass = s.digit_masses.data();
-    low += digit << shift;
-    high = low + (1u << shift) - 1;
   }
+  return {};
 }
 
 // Mass of a prefix of keys[0, n).
