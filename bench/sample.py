@@ -1,4 +1,4 @@
-"""sample with log-probs and support on [B, V] float32 logits: top-k 50 and top-p 0.95, and flat rows.
+"""sample with log-probs and support on [B, V] float32: top-k 50 + top-p 0.95, and flat rows.
 
 Limit, measured in the same rounds: one copy of the logits into warm memory. Beside it the usual
 torch sampler: sort, softmax, cumulative sum, mask, multinomial, log-softmax. Flat rows (a spread of
