@@ -15,6 +15,8 @@ _HOME = {
     "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
+    "verify_draft": "speculative",
+    "Verified": "speculative",
     "token_logprobs": "logprob",
     "linear_token_logprobs": "linear",
     "dapo_loss": "loss",
@@ -88,6 +90,8 @@ if TYPE_CHECKING:
     from .sampling import Sample as Sample
     from .sampling import replay as replay
     from .sampling import sample as sample
+    from .speculative import Verified as Verified
+    from .speculative import verify_draft as verify_draft
     from .support import Support as Support
 
 

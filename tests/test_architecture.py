@@ -175,7 +175,7 @@ def test_the_kernel_folder_refuses_to_be_a_package_of_its_own():
 SYNCHRONISES = {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "unique"}
 # Functions that read values: they run on CPU alone, or on host data, or are documented to wait.
 HOST = {
-    "sampling": {"_row_value_error", "_run_cpu", "rows", "trim", "from_lists", "to_mask"},
+    "sampling": {"row_value_error", "_run_cpu", "rows", "trim", "from_lists", "to_mask"},
     "loss": {"_run_cpu"},
     "logprob": {"_token_logprobs"},
     "_check": {

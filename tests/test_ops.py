@@ -57,6 +57,13 @@ def op_arguments():
         "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
         "sample": draw,
         "sample_support": (*draw, 100, True),
+        "verify_draft": (
+            z,
+            tokens[:, 1:].contiguous(),
+            z[:, 1:],
+            *(x[:B] for x in draw[1:7]),
+            True,
+        ),
     }
 
 
