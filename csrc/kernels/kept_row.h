@@ -116,11 +116,22 @@ inline int useful_parts(int64_t elements, int parts) {
   return int(std::clamp<int64_t>(elements / kElementsAThread, 1, parts));
 }
 
+// How a batch is computed: few rows are shared among the threads one after the other (`parts` a
+// row), many are dealt out to them (`teams` at a time).
+struct Sharing {
+  int parts, teams;
+};
+inline Sharing sharing(const Rows& z, int64_t rows, int threads) {
+  const int within = useful_parts(z.vocab, usable_threads(threads));
+  if (within > rows) return {within, 1};
+  return {1, int(std::clamp<int64_t>(rows, 1, row_threads(z, threads)))};
+}
+
 // Calls body(begin, end, part) on `parts` ranges of whole tiles that make up [0, n), each by a
 // thread.
 template <class Body>
 inline void in_parts(int64_t n, int parts, Body body) {
-  const int64_t tiles = (n + kTile - 1) / kTile;
+  const int64_t tiles = tile_count(n);
 #pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
   for (int part = 0; part < parts; ++part) {
     const int64_t begin = tiles * part / parts * kTile;
@@ -160,16 +171,18 @@ inline Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_
     uint32_t digit = 0;
     while (digit < digits && before + h[digit] < need) before += h[digit++];
     if (digit == digits) return {};
+    uint32_t* digit_keys = s.digit_keys.data();
+    uint64_t* digit_masses = s.digit_masses.data();
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       const bool inside = (keys[i] - low) >> shift == digit;
-      s.digit_keys[count] = keys[i];
-      if (mass != nullptr) s.digit_masses[count] = mass[i];
+      digit_keys[count] = keys[i];
+      if (mass != nullptr) digit_masses[count] = mass[i];
       count += inside;
     }
     n = count;
-    keys = s.digit_keys.data();
-    if (mass != nullptr) mass = s.digit_masses.data();
+    keys = digit_keys;
+    if (mass != nullptr) mass = digit_masses;
   }
   return {};
 }
@@ -248,7 +261,9 @@ inline void keep(const float* z, int64_t n, float m, float c, const Params& p, i
 
   const int64_t count = int64_t(s.ids.size());
   s.kept_logits.resize(count);
-  for (int64_t i = 0; i < count; ++i) s.kept_logits[i] = z[s.ids[i]];
+  int32_t* ids = s.ids.data();
+  float* logits = s.kept_logits.data();
+  for (int64_t i = 0; i < count; ++i) logits[i] = z[ids[i]];
   s.masses.resize(count);
   in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
     ops.masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
@@ -256,7 +271,9 @@ inline void keep(const float* z, int64_t n, float m, float c, const Params& p, i
   if (!top_k && !top_p && !min_p) return;
 
   s.keys.resize(count);
-  for (int64_t i = 0; i < count; ++i) s.keys[i] = order_key(s.kept_logits[i]);
+  uint32_t* keys = s.keys.data();
+  uint64_t* masses = s.masses.data();
+  for (int64_t i = 0; i < count; ++i) keys[i] = order_key(logits[i]);
   Prefix kept;
   if (top_k && count > p.top_k) {
     kept = shortest_prefix(s.keys.data(), nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
@@ -267,7 +284,7 @@ inline void keep(const float* z, int64_t n, float m, float c, const Params& p, i
       const Prefix pool = pool_is_top_k ? kept : Prefix{};
       total = mass_of(pool, s.keys.data(), s.masses.data(), count);
     } else {
-      s.tiles.resize((n + kTile - 1) / kTile);
+      s.tiles.resize(tile_count(n));
       in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
         ops.tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
       });
@@ -280,13 +297,13 @@ inline void keep(const float* z, int64_t n, float m, float c, const Params& p, i
 
   int64_t size = 0, tied = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t key = s.keys[i];
+    const uint32_t key = keys[i];
     const bool at_cut = key == kept.cut;
     const bool stays = (key < kept.cut) | (at_cut & (tied < kept.ties));
     tied += at_cut;
-    s.ids[size] = s.ids[i];
-    s.kept_logits[size] = s.kept_logits[i];
-    s.masses[size] = s.masses[i];
+    ids[size] = ids[i];
+    logits[size] = logits[i];
+    masses[size] = masses[i];
     size += stays;
   }
   s.ids.resize(size);
@@ -329,25 +346,22 @@ struct Sweep {
 };
 inline Sweep sweep(const void* logits, DType dtype, int64_t n, const uint32_t* allowed, double tau,
                    int parts, Scratch& s) {
-  const RowKernels& ops = row_kernels();
-  const float c = exponent_scale(tau);
   const bool copied = dtype != DType::kFloat32 || allowed != nullptr;
   if (copied) s.row.resize(n);
   const float* z = copied ? s.row.data() : static_cast<const float*>(logits);
   s.group_max.resize((n + kLanes - 1) / kLanes);
-  s.tile_stats.resize((n + kTile - 1) / kTile);
+  s.tile_stats.resize(tile_count(n));
   in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; i += kTile) {
       const int64_t size = std::min(kTile, end - i);
       if (copied) to_floats(logits, dtype, i, size, s.row.data());
       if (allowed != nullptr) forbid(allowed, i, size, s.row.data());
-      s.tile_stats[i / kTile] = ops.stats[0](z + i, size, c, false);
-      ops.group_max(z + i, size, s.group_max.data() + i / kLanes);
+      const int64_t tile = i / kTile;
+      tile_stats(z, DType::kFloat32, n, tau, false, tile, tile + 1, s.tile_stats.data());
+      row_kernels().group_max(z + i, size, s.group_max.data() + i / kLanes);
     }
   });
-  RowStats stats = s.tile_stats[0];
-  for (size_t t = 1; t < s.tile_stats.size(); ++t) stats = combine(stats, s.tile_stats[t], c);
-  return {z, stats};
+  return {z, combine(s.tile_stats.data(), tile_count(n), DType::kFloat32, tau)};
 }
 
 // A row whose kept set is known: ids, logits and masses are in Scratch. Without a distribution

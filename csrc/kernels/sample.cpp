@@ -5,18 +5,16 @@ namespace pyrlk {
 
 int64_t sample(const SampleArgs& a, int threads) {
   const Rows& z = a.logits;
-  // Few rows are shared among the threads one after the other, many are dealt out to them.
-  const int within = useful_parts(z.vocab, usable_threads(threads));
-  const int parts = within > z.count ? within : 1;
+  const Sharing share = sharing(z, z.count, threads);
   const int64_t words = (z.vocab + 31) / 32;
-#pragma omp parallel num_threads(parts > 1 ? 1 : row_threads(z, threads))
+#pragma omp parallel num_threads(share.teams)
   {
     Scratch s;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < z.count; ++b) {
       const Params p{a.temperature[b], a.top_p[b], a.min_p[b], a.top_k[b], a.joint, a.keep_ties};
       const uint32_t* allowed = a.allowed == nullptr ? nullptr : a.allowed + b * words;
-      const KeptRow row = keep_row(z.row(b), z.dtype, z.vocab, allowed, p, parts, s);
+      const KeptRow row = keep_row(z.row(b), z.dtype, z.vocab, allowed, p, share.parts, s);
       int64_t token = -1;
       LogProbs logprob{kNaN, kNaN};
       if (row.drawable()) {

@@ -29,7 +29,7 @@ void draft_masses(const Rows& z, int64_t t, const Buffer<int32_t>& ids, int part
   const KeptRow row = clean_row(z.row(t), z.dtype, z.vocab, nullptr, 1.0, parts, s);
   out.total = 0;
   if (!row.drawable()) return;
-  s.tiles.resize((z.vocab + kTile - 1) / kTile);
+  s.tiles.resize(tile_count(z.vocab));
   out.total = ops.tile_masses(row.z, z.vocab, row.c, row.m, s.tiles.data());
   s.kept_logits.resize(ids.size());
   for (size_t i = 0; i < ids.size(); ++i) s.kept_logits[i] = row.z[ids[i]];
@@ -57,9 +57,8 @@ int64_t draw_residual(uint64_t Z, const Draft& draft, uint64_t u, const Scratch&
 int64_t verify_draft(const VerifyArgs& a, int threads) {
   const Rows& z = a.target;
   const int64_t depth = a.depth, rows = z.count / (depth + 1);
-  const int within = useful_parts(z.vocab, usable_threads(threads));
-  const int parts = within > rows ? within : 1;
-#pragma omp parallel num_threads(parts > 1 ? 1 : row_threads(z, threads))
+  const Sharing share = sharing(z, rows, threads);
+#pragma omp parallel num_threads(share.teams)
   {
     Scratch s, other;
     Draft draft;
@@ -77,7 +76,7 @@ int64_t verify_draft(const VerifyArgs& a, int threads) {
         const auto uniform = [&](Stream stream) {
           return uniform_bits(a.seed[b], uint64_t(a.position[b]) + uint64_t(i), stream);
         };
-        const KeptRow row = keep_row(z.row(t), z.dtype, z.vocab, nullptr, p, parts, s);
+        const KeptRow row = keep_row(z.row(t), z.dtype, z.vocab, nullptr, p, share.parts, s);
         a.status[t] = row.status;
         bool known = row.drawable();
         int64_t at = 0;
@@ -90,7 +89,7 @@ int64_t verify_draft(const VerifyArgs& a, int threads) {
           at = std::lower_bound(s.ids.begin(), s.ids.end(), x) - s.ids.begin();
           const bool inside = at < kept && s.ids[at] == x;
           if (a.draft != nullptr) {
-            draft_masses(*a.draft, b * depth + i, s.ids, parts, other, draft);
+            draft_masses(*a.draft, b * depth + i, s.ids, share.parts, other, draft);
           } else {
             draft.masses.assign(kept, 0);
             if (inside) draft.masses[at] = 1;
