@@ -24,6 +24,8 @@ _HOME = {
     "policy_loss_from_logprobs": "from_logprobs",
     "reinforce_grad": "reinforce",
     "normalizer": "loss",
+    "mtp_loss": "mtp",
+    "MTPStats": "mtp",
     "PolicyStats": "_plan",
     "REINFORCE": "objective",
     "PPO": "objective",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from .loss import normalizer as normalizer
     from .loss import policy_loss as policy_loss
     from .loss import reinforce_loss as reinforce_loss
+    from .mtp import MTPStats as MTPStats
+    from .mtp import mtp_loss as mtp_loss
     from .objective import BNPO as BNPO
     from .objective import CISPO as CISPO
     from .objective import DAPO as DAPO
