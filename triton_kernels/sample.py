@@ -22,10 +22,12 @@ import triton.language as tl
 from . import row as _row
 from .kept import exact_sums, sum_of
 from .row import (
+    GROUP,
     combine,
     load_tile,
     load_token_logit,
     logprob_of,
+    no_statistics,
     row_offset,
     scale_of,
     tile_statistics,
@@ -152,19 +154,23 @@ def prefix(
 @triton.jit
 def full_statistics(z_ptr, vocab_size, c, BLOCK: tl.constexpr):
     """(m, s, finite, infinite, nan): row.statistics of the cleaned row, and what it is made of."""
-    m = tl.full([], float("-inf"), tl.float32)
-    s = tl.full([], 0.0, tl.float32)
-    e = tl.full([], 0.0, tl.float32)
+    m, s, e = no_statistics()
     finite = tl.full([], 0, tl.int32)
     infinite = tl.full([], 0, tl.int32)
     nan = tl.full([], 0, tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        z = load_tile(z_ptr, start, vocab_size, BLOCK)
-        finite += tl.sum((tl.abs(z) < float("inf")).to(tl.int32), 0)
-        infinite += tl.sum((z == float("inf")).to(tl.int32), 0)
-        nan += tl.sum((z != z).to(tl.int32), 0)
-        tile_m, tile_s, tile_e = tile_statistics(clean(z, False), c)
-        m, s, e = combine(m, s, e, tile_m, tile_s, tile_e, c)
+    # Tiles make groups and groups the row, as in row.statistics: the same bits.
+    for first in range(0, vocab_size, GROUP * BLOCK):
+        group_m, group_s, group_e = no_statistics()
+        for start in range(first, tl.minimum(first + GROUP * BLOCK, vocab_size), BLOCK):
+            z = load_tile(z_ptr, start, vocab_size, BLOCK)
+            finite += tl.sum((tl.abs(z) < float("inf")).to(tl.int32), 0)
+            infinite += tl.sum((z == float("inf")).to(tl.int32), 0)
+            nan += tl.sum((z != z).to(tl.int32), 0)
+            tile_m, tile_s, tile_e = tile_statistics(clean(z, False), c)
+            group_m, group_s, group_e = combine(
+                group_m, group_s, group_e, tile_m, tile_s, tile_e, c
+            )
+        m, s, e = combine(m, s, e, group_m, group_s, group_e, c)
     return m, s, finite, infinite, nan
 
 
