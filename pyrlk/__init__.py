@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "sample": "sampling",
+    "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
     "token_logprobs": "logprob",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .objective import KLCov as KLCov
     from .reinforce import reinforce_grad as reinforce_grad
     from .sampling import Sample as Sample
+    from .sampling import replay as replay
     from .sampling import sample as sample
     from .support import Support as Support
 

@@ -157,6 +157,8 @@ def test_loss_and_gradients_equal_float64(case):
     want_loss, want = truth(*case)
     dtype = inputs["hidden"].dtype
     bound = bound_of(inputs)
+    if case[2]["objective"].over_sequences:  # a sum of n log-probs carries n of their errors
+        bound *= max(LENGTHS)
     assert loss.dtype == dtype
     # Of a loss of order 1 or more: its terms cancel, and Σ w·|ℓ| is of the order of |A| = 1.
     assert abs(loss - want_loss) <= bound * max(1.0, want_loss.abs().item())
@@ -665,7 +667,7 @@ def test_opcheck():
     tokens, old, adv = torch.randint(11, (2, 5)), -torch.rand(2, 5), torch.randn(2, 5)
     integers, numbers = [1, 0, 3, 0, 0, 0], [0.2, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     nones = (None,) * 6
-    kept = pyrlk.Support.from_lists([range(11)] * 10)
+    kept = pyrlk.Support.from_lists([range(11)] * 10)[:2]
     cases = ((b, kept, 1, [True] * 3), (None, (None, None), 0, [False, True, False]))
     for bias, pair, stats, wants in cases:
         opcheck(

@@ -34,7 +34,7 @@ def op_arguments():
     kept = pyrlk.sample(z, top_k=7, seed=0, return_support=True)
     inside = kept.token.view(B, L)
     tau = torch.rand(B, L) + 0.5
-    row = (inside, *kept.support, 1.0, tau, V)
+    row = (inside, *kept.support[:2], 1.0, tau, V)
     stats = OPS.token_logprobs(z, *row, True, False)[2]
     integers, numbers = [1, 0, 3, 0, 0, 0, 1], [0.2, 0.28, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0]
     mask = torch.rand(B, L) > 0.2
@@ -45,7 +45,7 @@ def op_arguments():
     leaves = [x.clone().requires_grad_() for x in (h, weight, bias)]
     grads = [torch.randn_like(x) for x in leaves]
     head = (2.0, False, 4)
-    draw = (z, *rules, torch.arange(n), torch.zeros(n, dtype=torch.long), False)
+    draw = (z, *rules, torch.arange(n), torch.zeros(n).long(), None, False, False, False)
     return {
         "token_logprobs": (z.clone().requires_grad_(), *row, True, False),
         "token_logprobs_backward": (z, *row, stats, adv, old),
@@ -83,7 +83,7 @@ def op_arguments():
             [True, True, False],
         ),
         "sample": draw,
-        "sample_support": (*draw, 100),
+        "sample_support": (*draw, 100, True),
     }
 
 

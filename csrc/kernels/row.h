@@ -99,7 +99,8 @@ struct RowKernels {
   void (*widen[3])(const void* z, int64_t n, float* out);
   // Maximum of every 64 elements.
   void (*group_max)(const float* z, int64_t n, float* out);
-  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read.
+  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read. Up to 16
+  // entries beyond the last index may be written.
   int64_t (*select)(const float* z, int64_t n, const float* group_max, float threshold,
                     int32_t* out);
   // w_i = floor(2^44 · 2^y_i), y_i = (z_i − m)·c: the exact mass of the sampler.

@@ -133,9 +133,7 @@ int64_t select_row(const float* z, int64_t n, const float* highest, float thresh
     if (!(highest[i / kLanes] >= threshold)) continue;
     for_groups(z + i, std::min<int64_t>(kLanes, n - i), [&](int64_t, const Group& g) {
       for (int k = 0; k < kVecs; ++k) {
-        for (uint32_t hit = bits(at_least(g.v[k], limit)); hit != 0; hit &= hit - 1) {
-          out[count++] = int32_t(i + k * kWidth + __builtin_ctz(hit));
-        }
+        count += store_lanes(out + count, at_least(g.v[k], limit), int32_t(i + k * kWidth));
       }
     });
   }

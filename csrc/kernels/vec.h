@@ -55,6 +55,14 @@ inline Mask and_ordered(Mask m, Vec a, Vec b) {
 }
 inline uint32_t bits(Mask a) { return a.m; }
 inline Mask at_least(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+// Writes first + lane for every lane of the mask, ascending; returns how many. May write 16
+// entries.
+inline int store_lanes(int32_t* out, Mask a, int32_t first) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i id = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(a.m, id));
+  return __builtin_popcount(a.m);
+}
 
 #elif defined(__AVX2__)
 
@@ -274,6 +282,17 @@ inline void in_order(const Group& g, const BFloat16*, float* x) {
   }
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+// Writes first + lane for every lane of the mask, ascending; returns how many.
+inline int store_lanes(int32_t* out, const Mask& a, int32_t first) {
+  int count = 0;
+  for (uint32_t hit = bits(a); hit != 0; hit &= hit - 1) {
+    out[count++] = first + int32_t(__builtin_ctz(hit));
+  }
+  return count;
+}
 #endif
 
 // y clipped below at −127, where exp2 is exactly 0; NaN (−inf − −inf) becomes −127 as well.
