@@ -173,6 +173,66 @@ def test_replayed_loss_matches_float64(dtype, bound, inplace):
     assert (own.grad.cpu().double() - slope).norm() <= bound * slope.norm()
 
 
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.GSPO(0.2, 0.2)], ids=repr)
+@pytest.mark.parametrize("kept", [False, True])
+def test_linear_loss_over_kept_sets_equals_the_cpu(objective, kept):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 70, 64), torch.randn(5000, 64) / 8
+    tokens, mask = torch.randint(5000, (3, 70)), torch.rand(3, 70) > 0.3
+    old, advantages = torch.randn(3, 70) - 8, torch.randn(3)
+    support = None
+    if kept:
+        sets = torch.rand(210, 5000) < 0.02
+        support = pyrlk.Support.from_mask(sets.scatter_(1, tokens.view(-1, 1), True))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        rest = [x.to(device) for x in (tokens, old, advantages, mask)]
+        sets = support and pyrlk.Support(support.ids.to(device), support.offsets.to(device))
+        loss = pyrlk.linear_policy_loss(
+            *leaves, *rest, objective=objective, support=sets, entropy_coef=0.01, chunk=128
+        )
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cuda.cpu() - cpu).norm() <= 1e-4 * cpu.norm()
+
+
+def test_in_place_by_two_launches_gives_the_bits_of_the_drop_in():
+    logits = torch.randn(4, 9, 32000, device="cuda").bfloat16()
+    tokens = torch.randint(32000, (4, 9), device="cuda")
+    old, advantages = torch.randn(4, 9, device="cuda") - 10, torch.randn(4, device="cuda")
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        z = leaf * 1
+        before = z._version
+        loss = pyrlk.policy_loss(
+            z, tokens, old, advantages, objective=pyrlk.GSPO(0.2, 0.2), inplace=inplace
+        )
+        loss.backward()
+        assert (z._version > before) == inplace
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("kind", ["ce", "tv"])
+def test_draft_loss_equals_the_cpu(kind):
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(150, 64), torch.randn(5000, 64) / 8, torch.arange(150)
+    teacher = torch.randn(150, 64) if kind == "tv" else None
+    bounds = torch.tensor([0, 40, 40, 150])
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = hidden.to(device).requires_grad_()
+        loss = pyrlk.mtp_loss(
+            leaf, weight.to(device), tokens.to(device), depth=2, cu_seqlens=bounds.to(device),
+            kind=kind, teacher_hidden=teacher if teacher is None else teacher.to(device),
+        )  # fmt: skip
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cuda.cpu() - cpu).norm() <= 1e-4 * cpu.norm()
+
+
 def test_a_broken_support_gives_nan_in_its_row_alone():
     logits = torch.randn(5, 32000, device="cuda")
     tokens = torch.tensor([5, 7, 5, 5, 5], device="cuda")
