@@ -27,12 +27,22 @@ struct Support {
     for (const auto& row : rows) n += static_cast<int64_t>(row.size());
     return n;
   }
-  void write(int32_t* ids, int64_t* offsets) const {
+  // Rows that end within `capacity` go to ids; the others become bits, and OVERFLOW in status.
+  void write(int32_t* ids, int64_t capacity, int64_t* offsets, uint32_t* bits, int64_t words,
+             uint8_t* status) const {
     *offsets = 0;
-    for (const auto& row : rows) {
-      ids = std::copy(row.begin(), row.end(), ids);
-      offsets[1] = offsets[0] + static_cast<int64_t>(row.size());
-      ++offsets;
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      const auto& row = rows[b];
+      const int64_t begin = offsets[b], end = begin + static_cast<int64_t>(row.size());
+      offsets[b + 1] = end;
+      if (end <= capacity) {
+        std::copy(row.begin(), row.end(), ids + begin);
+      } else if (end > begin) {
+        uint32_t* word = bits + static_cast<int64_t>(b) * words;
+        std::fill_n(word, words, 0);
+        for (const int32_t id : row) word[id / 32] |= 1u << (id % 32);
+        status[b] |= pyrlk::kOverflow;
+      }
     }
   }
 
@@ -139,15 +149,20 @@ void bind_kernels(py::module_& module) {
       .def("total", &Support::total)
       .def(
           "write",
-          [](const Support& self, Address ids, Address offsets) {
-            self.write(static_cast<int32_t*>(pointer(ids)), int64s(offsets));
+          [](const Support& self, Address ids, int64_t capacity, Address offsets, Address bits,
+             int64_t words, Address status) {
+            self.write(static_cast<int32_t*>(pointer(ids)), capacity, int64s(offsets),
+                       static_cast<uint32_t*>(pointer(bits)), words,
+                       static_cast<uint8_t*>(pointer(status)));
           },
-          py::arg("ids"), py::arg("offsets"));
+          py::arg("ids"), py::arg("capacity"), py::arg("offsets"), py::arg("bits"),
+          py::arg("words"), py::arg("status"));
   module.def(
       "sample",
       [](const PyRows& logits, Address temperature, Address top_k, Address top_p, Address min_p,
-         Address seed, Address position, bool joint, Address token, Address logprob,
-         Address full_logprob, Address kept, Address status, Support* support, int threads) {
+         Address seed, Address position, Address allowed, bool joint, bool keep_ties, Address token,
+         Address logprob, Address full_logprob, Address kept, Address status, Support* support,
+         int threads) {
         const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
         const pyrlk::SampleArgs args{to_rows(logits),
                                      floats(temperature),
@@ -156,7 +171,9 @@ void bind_kernels(py::module_& module) {
                                      int64s(top_k),
                                      int64s(seed),
                                      int64s(position),
+                                     static_cast<const uint32_t*>(pointer(allowed)),
                                      joint,
+                                     keep_ties,
                                      int64s(token),
                                      floats(logprob),
                                      floats(full_logprob),
@@ -167,9 +184,9 @@ void bind_kernels(py::module_& module) {
         return pyrlk::sample(args, threads);
       },
       py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("joint"), py::arg("token"),
-      py::arg("logprob"), py::arg("full_logprob"), py::arg("kept"), py::arg("status"),
-      py::arg("support"), py::arg("threads"));
+      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("allowed"), py::arg("joint"),
+      py::arg("keep_ties"), py::arg("token"), py::arg("logprob"), py::arg("full_logprob"),
+      py::arg("kept"), py::arg("status"), py::arg("support"), py::arg("threads"));
 }
 
 // memory/: packing, shared memory, CUDA handles.

@@ -65,7 +65,9 @@ def scale(x: int, dtype: int, count: int, factor: float, threads: int) -> None: 
 class Support:
     def __init__(self, rows: int) -> None: ...
     def total(self) -> int: ...
-    def write(self, ids: int, offsets: int) -> None: ...
+    def write(
+        self, ids: int, capacity: int, offsets: int, bits: int, words: int, status: int
+    ) -> None: ...
 
 def sample(
     logits: _Rows,
@@ -75,7 +77,9 @@ def sample(
     min_p: int,
     seed: int,
     position: int,
+    allowed: int,
     joint: bool,
+    keep_ties: bool,
     token: int,
     logprob: int,
     full_logprob: int,

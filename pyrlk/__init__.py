@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "sample": "sampling",
+    "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
     "token_logprobs": "logprob",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from .objective import DrGRPO as DrGRPO
     from .objective import KLCov as KLCov
     from .sampling import Sample as Sample
+    from .sampling import replay as replay
     from .sampling import sample as sample
     from .support import Support as Support
 

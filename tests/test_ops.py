@@ -30,24 +30,33 @@ def op_arguments():
     whole = (None, None)
     kept = pyrlk.sample(z, top_k=7, seed=0, return_support=True)
     inside = kept.token.view(B, L)
-    stats = OPS.token_logprobs(z, inside, *kept.support, 1.0, None, V, True)[2]
+    stats = OPS.token_logprobs(z, inside, *kept.support[:2], 1.0, None, V, True)[2]
     tau = torch.rand(B, L) + 0.5
     integers, numbers = [1, 0, 3, 0, 0, 0, 1], [0.2, 0.28, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0]
     mask = torch.rand(B, L) > 0.2
     loss = (tokens, *whole, old, adv, mask, old, None, None, None, tau, 1.0, V, integers, numbers)
     n = B * L
     row = (torch.ones(n), torch.zeros(n, dtype=torch.long), torch.full((n,), 0.9), torch.zeros(n))
-    draw = (z, *row, torch.arange(n), torch.zeros(n, dtype=torch.long), False)
+    draw = (z, *row, torch.arange(n), torch.zeros(n, dtype=torch.long))
+    draw = (*draw, None, False, False, False)
     return {
-        "token_logprobs": (z.clone().requires_grad_(), inside, *kept.support, 1.0, None, V, True),
-        "token_logprobs_backward": (z, inside, *kept.support, 1.0, tau, V, stats, adv, old),
+        "token_logprobs": (
+            z.clone().requires_grad_(),
+            inside,
+            *kept.support[:2],
+            1.0,
+            None,
+            V,
+            True,
+        ),
+        "token_logprobs_backward": (z, inside, *kept.support[:2], 1.0, tau, V, stats, adv, old),
         "policy_loss": (z, *loss, True),
         "policy_loss_": (z.clone(), *loss),
         "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
         "scale_": (z.clone(), torch.tensor(2.0)),
         "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
         "sample": draw,
-        "sample_support": (*draw, 100),
+        "sample_support": (*draw, 100, True),
     }
 
 

@@ -7,6 +7,7 @@
 // give equal bits in any batch, thread count and instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -29,6 +30,22 @@ struct RowStats {
 inline float exponent_scale(double temperature) {
   const float c = 1.4426950408889634f / float(temperature);
   return c < std::numeric_limits<float>::max() ? c : std::numeric_limits<float>::max();
+}
+
+// Two parts of a row, in index order. A part without finite logits has sum 0 and changes nothing.
+inline RowStats combine(const RowStats& a, const RowStats& b, double c) {
+  RowStats r;
+  r.max = std::max(a.max, b.max);
+  r.nan = a.nan || b.nan;
+  for (const RowStats* part : {&a, &b}) {
+    if (part->sum == 0.0) continue;
+    const double shift = (part->max - r.max) * c;
+    const double scale = shift == 0.0 ? 1.0 : std::exp2(shift);
+    if (scale == 0.0) continue;
+    r.sum += scale * part->sum;
+    r.energy += scale * (part->energy + shift * part->sum);
+  }
+  return r;
 }
 
 // Does the row have a distribution? A NaN, a +inf or nothing but −inf makes log-probs NaN.
@@ -82,7 +99,8 @@ struct RowKernels {
   void (*widen[3])(const void* z, int64_t n, float* out);
   // Maximum of every 64 elements.
   void (*group_max)(const float* z, int64_t n, float* out);
-  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read.
+  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read. Up to 16
+  // entries beyond the last index may be written.
   int64_t (*select)(const float* z, int64_t n, const float* group_max, float threshold,
                     int32_t* out);
   // w_i = floor(2^44 · 2^y_i), y_i = (z_i − m)·c: the exact mass of the sampler.

@@ -78,22 +78,6 @@ RowStats tile_stats(const T* z, int64_t n, Vec c) {
   return s;
 }
 
-// Two parts of a row, in index order. A part without finite logits has sum 0 and changes nothing.
-inline RowStats combine(const RowStats& a, const RowStats& b, double c) {
-  RowStats r;
-  r.max = std::max(a.max, b.max);
-  r.nan = a.nan || b.nan;
-  for (const RowStats* part : {&a, &b}) {
-    if (part->sum == 0.0) continue;
-    const double shift = (part->max - r.max) * c;
-    const double scale = shift == 0.0 ? 1.0 : std::exp2(shift);
-    if (scale == 0.0) continue;
-    r.sum += scale * part->sum;
-    r.energy += scale * (part->energy + shift * part->sum);
-  }
-  return r;
-}
-
 template <class T, bool kEntropy>
 RowStats row_stats(const T* z, int64_t n, float c) {
   const Vec scale = splat(c);
@@ -165,9 +149,7 @@ int64_t select_row(const float* z, int64_t n, const float* highest, float thresh
     if (!(highest[i / kLanes] >= threshold)) continue;
     for_groups(z + i, std::min<int64_t>(kLanes, n - i), [&](int64_t, const Vec(&v)[kVecs]) {
       for (int k = 0; k < kVecs; ++k) {
-        for (uint32_t hit = bits(at_least(v[k], limit)); hit != 0; hit &= hit - 1) {
-          out[count++] = int32_t(i + k * kWidth + __builtin_ctz(hit));
-        }
+        count += store_lanes(out + count, at_least(v[k], limit), int32_t(i + k * kWidth));
       }
     });
   }

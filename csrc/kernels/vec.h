@@ -56,6 +56,14 @@ inline Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)};
 inline Mask operator|(Mask a, Mask b) { return {__mmask16(a.m | b.m)}; }
 inline uint32_t bits(Mask a) { return a.m; }
 inline Mask at_least(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+// Writes first + lane for every lane of the mask, ascending; returns how many. May write 16
+// entries.
+inline int store_lanes(int32_t* out, Mask a, int32_t first) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i id = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(a.m, id));
+  return __builtin_popcount(a.m);
+}
 
 #elif defined(__AVX2__)
 
@@ -192,6 +200,17 @@ inline Mask at_least(const Vec& a, const Vec& b) {
   return test([&](int i) { return a.x[i] >= b.x[i]; });
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+// Writes first + lane for every lane of the mask, ascending; returns how many.
+inline int store_lanes(int32_t* out, const Mask& a, int32_t first) {
+  int count = 0;
+  for (uint32_t hit = bits(a); hit != 0; hit &= hit - 1) {
+    out[count++] = first + int32_t(__builtin_ctz(hit));
+  }
+  return count;
+}
 #endif
 
 // y clipped below at −127, where exp2 is exactly 0; NaN (−inf − −inf) becomes −127 as well.
