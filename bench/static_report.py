@@ -3,7 +3,8 @@
     python bench/static_report.py [--json PATH] [--target sm_90 …] [--dtype bf16 …]
 
 Compiles ahead of time for each target and reads the result: cubins by cuobjdump (it ships in the
-triton wheel), AMD code by its own metadata. Global loads and stores are counted by their bits.
+triton wheel), AMD code by its own metadata. Global loads and stores are counted by their bits;
+instructions are those of a thread for one element of a row, in the usual trip round the loop.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pyrlk.bench import sass as _sass
 from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample
 
 TARGETS = {
@@ -31,15 +33,17 @@ TARGETS = {
 }
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "bounds_ptr")
-_POINTERS = dict.fromkeys(_INT64, "*i64") | {
-    "offsets_ptr": "*i64",
-    "kept_ptr": "*i32",
-    "ids_ptr": "*i32",
-    "status_ptr": "*u8",
-}
-_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "masses_ptr")
+_INT32 = ("kept_ptr", "ids_ptr", "allowed_ptr", "hits_ptr", "found_ptr", "support_ids_ptr")
+_POINTERS = (
+    dict.fromkeys(_INT64, "*i64")
+    | dict.fromkeys(_INT32, "*i32")
+    | {"offsets_ptr": "*i64", "bits_ptr": "*i32", "status_ptr": "*u8"}
+)
+_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr", "spans_ptr", "list_ptr")
 
+_FREE = {"allowed_ptr": None}
+_SEARCH = _FREE | {"BLOCK": sample.CHUNK}
 _DENSE = {"ids_ptr": None, "offsets_ptr": None}
 _OBJECTIVE = {"CLIPPED": True, "KL": 0, "KL_IMPORTANCE": False, "ENTROPY_BONUS": False}
 _EVERYTHING = {"KL": 3, "KL_IMPORTANCE": True, "ENTROPY_BONUS": True}
@@ -69,14 +73,21 @@ VARIANTS: list[tuple] = [
     ),
     ("reinforce_grad_fwd", policy_loss.reinforce_grad_fwd_kernel, {"temperature_ptr": None}),
     ("scale_fwd", policy_loss.scale_fwd_kernel, {}),
-    ("sample_fwd", sample.sample_fwd_kernel, {"JOINT": False}),
-    ("support_fwd", sample.support_fwd_kernel, {}),
+    ("sample_tiles_fwd", sample.sample_tiles_fwd_kernel, _FREE),
+    ("sample_tiles_fwd allowed", sample.sample_tiles_fwd_kernel, {}),
+    ("sample_masses_fwd", sample.sample_masses_fwd_kernel, _FREE),
+    ("sample_fwd", sample.sample_fwd_kernel, _SEARCH | {"EXACT": False}),
+    ("sample_fwd exact", sample.sample_fwd_kernel, _SEARCH | {"EXACT": True}),
+    ("support_fwd", sample.support_fwd_kernel, _FREE | {"BLOCK": row.TILE // 2}),
 ]
 
 
 @dataclasses.dataclass
 class Entry:
-    """One kernel on one target. loads, stores: {bits: number of instructions} to global memory."""
+    """One kernel on one target. loads, stores: {bits: number of instructions} to global memory.
+
+    instructions: of a thread for one element; 0 where no loop reads 16 bytes at a time, and on AMD.
+    """
 
     kernel: str
     target: str
@@ -86,6 +97,7 @@ class Entry:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    instructions: float
 
 
 def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bool = True):
@@ -97,6 +109,12 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         "BLOCK": row.TILE,
         "KEPT": kept.TILE,
         "SHIFT": {"fp32": 0, "fp16": 13, "bf16": 16}[dtype],
+        "TILE": row.TILE,
+        "SPAN": sample.SPAN,
+        "CAPACITY": sample.CAPACITY,
+        "MAX_TILES": sample.MAX_TILES,
+        "JOINT": False,
+        "KEEP_TIES": False,
     } | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -112,16 +130,19 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
             signature[name] = _POINTERS.get(name, "*fp32")
         else:
             signature[name] = parameter.annotation_type or "fp32"
+    options = sample.SEARCH if kernel is sample.sample_fwd_kernel else row.LAUNCH
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options=dict(row.LAUNCH))
+    return triton.compile(source, target=TARGETS[target], options=dict(options))
 
 
 def inspect_kernel(name, kernel, constants: dict, target: str, dtype: str, aligned=True) -> Entry:
     compiled = compile_kernel(kernel, constants, target, dtype, aligned)
     read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
-    registers, spills, loads, stores = read(compiled)
+    registers, spills, loads, stores, trip = read(compiled)
+    block = constants.get("BLOCK", row.TILE)
+    per_element = round(trip * compiled.metadata.num_warps * 32 / block, 1)
     shared = compiled.metadata.shared
-    return Entry(name, target, dtype, registers, spills, shared, loads, stores)
+    return Entry(name, target, dtype, registers, spills, shared, loads, stores, per_element)
 
 
 def _read_nvidia(compiled):
@@ -135,7 +156,8 @@ def _read_nvidia(compiled):
         )
     registers = _number(r"REG:(\d+)", usage)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return registers, spills, _widths(sass, "LDG"), _widths(sass, "STG")
+    widths = _widths(sass, "LDG"), _widths(sass, "STG")
+    return registers, spills, *widths, _sass.shortest_trip(sass)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -171,7 +193,7 @@ def _read_amd(compiled):
 
     # Scalar registers spill into lanes of a vector register, which costs no memory access.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return number("vgpr_count"), spills, widths("load"), widths("store")
+    return number("vgpr_count"), spills, widths("load"), widths("store"), 0
 
 
 def report(targets=tuple(TARGETS), dtypes=("fp32", "bf16"), only=None, aligned=True) -> list[Entry]:
@@ -200,11 +222,13 @@ def main(arguments=None) -> int:
         parser.error("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     entries = report(options.target, options.dtype, options.kernel, not options.unaligned)
     print(
-        f"{'kernel':36} {'target':7} {'dtype':5} regs spills shared  loads n×bits · stores n×bits"
+        f"{'kernel':36} {'target':7} {'dtype':5} regs spills shared instr  loads n×bits · "
+        "stores n×bits"
     )
     for e in entries:
         print(
-            f"{e.kernel:36} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
+            f"{e.kernel:36} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6} "
+            f"{e.instructions or '-':>5}  "
             f"{_count(e.loads)} · {_count(e.stores)}"
         )
     if options.json:

@@ -157,9 +157,7 @@ def narrow(low, high, need, t1, t2, t3, n1, n2, n3, f1, f2, f3, n_low, n_high, b
     """
     at1, at2, at3 = f1 >= need, f2 >= need, f3 >= need
     new_low = tl.where(at3, t3, tl.where(at2, t2, tl.where(at1, t1, low)))
-    new_high = tl.where(
-        at3, high, tl.where(at2, t3 - 1, tl.where(at1, t2 - 1, t1 - 1))
-    )
+    new_high = tl.where(at3, high, tl.where(at2, t3 - 1, tl.where(at1, t2 - 1, t1 - 1)))
     beyond = tl.where(at3, beyond, tl.where(at2, f3, tl.where(at1, f2, f1)))
     n_high = tl.where(at3, n_high, tl.where(at2, n3, tl.where(at1, n2, n1)))
     n_low = tl.where(at3, n3, tl.where(at2, n2, tl.where(at1, n1, n_low)))
@@ -168,19 +166,19 @@ def narrow(low, high, need, t1, t2, t3, n1, n2, n3, f1, f2, f3, n_low, n_high, b
 
 
 @triton.jit
-def group_bound(groups_ptr, groups, top_is_inf, low, high, k, BLOCK: tl.constexpr,
+def span_bound(spans_ptr, spans, top_is_inf, low, high, k, BLOCK: tl.constexpr,
                 SHIFT: tl.constexpr):  # fmt: skip
-    """A key that at least k groups of columns reach, so that at least k tokens do."""
-    source = (groups_ptr, None, groups, groups_ptr, groups_ptr, top_is_inf)
+    """A key that at least k spans of columns reach, so that at least k tokens do."""
+    source = (spans_ptr, None, spans, spans_ptr, spans_ptr, top_is_inf)
     step = 0
     enough = False
     zero = tl.full([], 0, tl.int64)
     while (low < high) & (enough == 0):
-        t1 = quarter(low, high, 1, step % 2, SHIFT)
-        t2 = quarter(low, high, 2, step % 2, SHIFT)
-        t3 = quarter(low, high, 3, step % 2, SHIFT)
+        t1 = quarter(low, high, 1, step % 2 == 1, SHIFT)
+        t2 = quarter(low, high, 2, step % 2 == 1, SHIFT)
+        t3 = quarter(low, high, 3, step % 2 == 1, SHIFT)
         n1, n2, n3, f1, f2, f3 = measure(
-            source, False, groups, 0.0, 0.0, False, t1, t2, t3, BLOCK, SHIFT
+            source, False, spans, 0.0, 0.0, False, t1, t2, t3, BLOCK, SHIFT
         )
         low, high, _, _, _, enough = narrow(
             low, high, k, t1, t2, t3, n1, n2, n3, f1, f2, f3, n1, n1, zero
@@ -191,20 +189,20 @@ def group_bound(groups_ptr, groups, top_is_inf, low, high, k, BLOCK: tl.constexp
 
 @triton.jit
 def collect(
-    source, groups_ptr, hits_ptr, groups, low, high, GROUP: tl.constexpr, CAPACITY: tl.constexpr,
+    source, spans_ptr, hits_ptr, spans, low, high, SPAN: tl.constexpr, CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Write the columns with keys in [low, high] to the list, and return their number.
 
-    Only groups whose maximum reaches `low` are read. Ends, with a number > CAPACITY, as soon as the
+    Only spans whose maximum reaches `low` are read. Ends, with a number > CAPACITY, as soon as the
     list is full.
     """
     z_ptr, allowed_ptr, vocab_size, list_ptr, ids_ptr, top_is_inf = source
     # Other warps may still read the list of before.
     tl.debug_barrier()
     hits = tl.full([], 0, tl.int32)
-    for start in range(0, groups, BLOCK):
-        z = clean(load_tile(groups_ptr, start, groups, BLOCK), top_is_inf)
+    for start in range(0, spans, BLOCK):
+        z = clean(load_tile(spans_ptr, start, spans, BLOCK), top_is_inf)
         hit = key_of(z, SHIFT) >= low
         rank = hits + tl.cumsum(hit.to(tl.int32), 0) - 1
         tl.store(hits_ptr + rank, start + tl.arange(0, BLOCK), mask=hit)
@@ -213,9 +211,9 @@ def collect(
     number = tl.full([], 0, tl.int32)
     start = tl.full([], 0, tl.int32)
     while (start < hits) & (number <= CAPACITY):
-        slot = start + tl.arange(0, BLOCK) // GROUP
-        group = tl.load(hits_ptr + slot, mask=slot < hits, other=groups)
-        at = group * GROUP + tl.arange(0, BLOCK) % GROUP
+        slot = start + tl.arange(0, BLOCK) // SPAN
+        span = tl.load(hits_ptr + slot, mask=slot < hits, other=spans)
+        at = span * SPAN + tl.arange(0, BLOCK) % SPAN
         z = tl.load(z_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
         if allowed_ptr is not None:
             word = tl.load(allowed_ptr + at // 32, mask=at < vocab_size, other=0)
@@ -227,20 +225,20 @@ def collect(
         tl.store(ids_ptr + rank, at, mask=fits)
         tl.store(list_ptr + rank, z.to(list_ptr.dtype.element_ty), mask=fits)
         number += tl.sum(inside.to(tl.int32), 0)
-        start += BLOCK // GROUP
+        start += BLOCK // SPAN
     tl.debug_barrier()
     return number
 
 
 @triton.jit
 def search(
-    source, groups_ptr, hits_ptr, groups, listed, length, m, c, mass, low, high, need, trim,
-    GROUP: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    source, spans_ptr, hits_ptr, spans, listed, length, m, c, mass, low, high, need, trim,
+    SPAN: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """(cut, last) of the shortest prefix whose mass, or number of tokens, is ≥ need ≥ 1.
 
-    low ≤ cut ≤ high; all entries of keys ≥ low where even those fall short. Ties of the cut stay together unless
-    `trim`. Overwrites the list unless it is `listed`.
+    low ≤ cut ≤ high; all entries of keys ≥ low where even those fall short. Ties of the cut stay
+    together unless `trim`. Overwrites the list unless it is `listed`.
     """
     vocab_size = source[2]
     n_low = length
@@ -252,13 +250,13 @@ def search(
     while (low < high) & (exact == 0):
         if (listed == 0) & (n_low - n_high <= CAPACITY):
             length = collect(
-                source, groups_ptr, hits_ptr, groups, low, high, GROUP, CAPACITY, BLOCK, SHIFT
+                source, spans_ptr, hits_ptr, spans, low, high, SPAN, CAPACITY, BLOCK, SHIFT
             )
             listed = True
             above = beyond
-        t1 = quarter(low, high, 1, step % 2, SHIFT)
-        t2 = quarter(low, high, 2, step % 2, SHIFT)
-        t3 = quarter(low, high, 3, step % 2, SHIFT)
+        t1 = quarter(low, high, 1, step % 2 == 1, SHIFT)
+        t2 = quarter(low, high, 2, step % 2 == 1, SHIFT)
+        t3 = quarter(low, high, 3, step % 2 == 1, SHIFT)
         n1, n2, n3, f1, f2, f3 = measure(
             source, listed, length, m, c, mass, t1, t2, t3, BLOCK, SHIFT
         )
@@ -267,8 +265,8 @@ def search(
             low, high, need, t1, t2, t3, n1, n2, n3, f1, f2, f3, n_low, n_high, beyond
         )
         step += 1
-    # An exact threshold keeps all it passes, whether or not a logit lies on it. Otherwise those ties
-    # of the cut stay before which mass is missing: they weigh the same.
+    # An exact threshold keeps all it passes, whether or not a logit lies on it. Otherwise those
+    # ties of the cut stay before which mass is missing: they weigh the same.
     last = vocab_size
     if (exact == 0) & trim:
         weight = tl.full([], 1, tl.int64)
@@ -294,9 +292,7 @@ def stricter(cut, last, other_cut, other_last):
 
 
 @triton.jit
-def prefix_mass(
-    source, listed, length, m, c, cut, last, BLOCK: tl.constexpr, SHIFT: tl.constexpr
-):
+def prefix_mass(source, listed, length, m, c, cut, last, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     """Mass of the entries in a prefix."""
     total = tl.zeros([BLOCK // 4], tl.int64)
     for start in range(0, length, BLOCK):

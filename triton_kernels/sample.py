@@ -7,10 +7,10 @@
     draw     first kept id whose running mass exceeds floor(u·Z_kept / 2^64),
              u the 64 bits of Philox4x32-10 at (seed, position)
 
-1. tiles    one read of the logits: (m, s) of each tile of 4096, the maximum of each group of 64
+1. tiles    one read of the logits: (m, s) of each tile of 4096, the maximum of each span of 64
    masses   exact only: the mass of each tile, given the maximum of its row
 2. select   one program a row. Groups whose maximum reaches a lower bound of the kept set hold all
-            candidates: the k-th largest group maximum; m − τ·ln(n/(1−p)), below which n tokens weigh
+            candidates: the k-th largest span maximum; m − τ·ln(n/(1−p)), below which n tokens weigh
             less than 1 − p together; the floor of min-p. 4096 candidates fit a list, and the search
             goes over the list; flatter rows are searched themselves.
 3. support  the kept ids as CSR, or as bits where the buffer ends
@@ -32,7 +32,6 @@ from .prefix import (
     clean,
     collect,
     fold,
-    group_bound,
     is_kept,
     key_of,
     load_allowed,
@@ -42,6 +41,7 @@ from .prefix import (
     mass_scale_of,
     prefix_mass,
     search,
+    span_bound,
     stricter,
 )
 from .row import combine, load_token_logit, logprob_of, row_offset, scale_of, tile_statistics
@@ -51,20 +51,22 @@ NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 # Bits of a float32 key that are the same for every logit of a dtype; a search need not visit them.
 _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
-GROUP = 64  # columns that share a maximum: a list of candidates is found at 1/64 of a read
+SPAN = 64  # columns that share a maximum: a list of candidates is found at 1/64 of a read
 CHUNK = 512  # entries of a step over a list, or over a row that is searched itself
 CAPACITY = 4096  # candidates of a list
 MAX_TILES = 128  # of a row: V ≤ 2^19
-# Integers alone decide in a search, so four warps give the bits of eight, and more rows fit a device.
-_SEARCH = _row.LAUNCH | {"num_warps": 4}
+# Integers decide in a search, so four warps give the bits of eight; more rows fit a device.
+SEARCH = _row.LAUNCH | {"num_warps": 4}
 _PROGRAMS = 2048  # that a launch over tiles aims at: twice what the largest devices hold
 
 
 class Workspace(NamedTuple):
-    """What the kernels of one call hand on. T tiles, G groups (of whole tiles), K = CAPACITY."""
+    """What the kernels of one call hand on. T tiles, G spans (of whole tiles), K = CAPACITY."""
 
-    tiles: torch.Tensor  # float32 [B, T, 4]: m, s, finite logits, NaNs; under m = +inf, s counts it
-    groups: torch.Tensor  # [B, G] in the dtype of the logits
+    # float32 [B, T, 4]: m, s, finite logits (of rows that no filter cuts), NaNs. s of a tile that
+    # holds +inf is their number.
+    tiles: torch.Tensor
+    spans: torch.Tensor  # [B, G] in the dtype of the logits
     masses: torch.Tensor  # int64 [B, T]
     hits: torch.Tensor  # int32 [B, G]
     logits: torch.Tensor  # [B, K]: the list
@@ -118,14 +120,15 @@ def combined(tiles_ptr, count, c):
 
 
 @triton.jit
-def keeps_all(top_k, top_p, min_p, finite):
-    return ((top_k <= 0) | (top_k >= finite)) & (top_p >= 1.0) & (min_p <= 0.0)
+def keeps_all(top_k, top_p, min_p, vocab_size):
+    """Whether no filter cuts the row."""
+    return ((top_k <= 0) | (top_k >= vocab_size)) & (top_p >= 1.0) & (min_p <= 0.0)
 
 
 @triton.jit
-def pools_row(top_k, top_p, finite, JOINT: tl.constexpr):
+def pools_row(top_k, top_p, vocab_size, JOINT: tl.constexpr):
     """Whether top-p applies to the mass of the whole row."""
-    return (top_p < 1.0) & (JOINT | (top_k <= 0) | (top_k >= finite))
+    return (top_p < 1.0) & (JOINT | (top_k <= 0) | (top_k >= vocab_size))
 
 
 @triton.jit(
@@ -137,14 +140,23 @@ def pools_row(top_k, top_p, finite, JOINT: tl.constexpr):
         "vocab_size",
         "tiles_per_program",
     ],
-    do_not_specialize_on_alignment=["temperature_ptr", "allowed_ptr"],
+    do_not_specialize_on_alignment=[
+        "allowed_ptr",
+        "temperature_ptr",
+        "top_k_ptr",
+        "top_p_ptr",
+        "min_p_ptr",
+    ],
 )
 def sample_tiles_fwd_kernel(
     logits_ptr,
     allowed_ptr,
     temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
     tiles_ptr,
-    groups_ptr,
+    spans_ptr,
     inner: tl.int64,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
@@ -153,7 +165,7 @@ def sample_tiles_fwd_kernel(
     tiles_per_program: tl.int32,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * tiles_per_program
@@ -162,30 +174,34 @@ def sample_tiles_fwd_kernel(
         allowed_ptr += row * allowed_stride
     tiles = (vocab_size + BLOCK - 1) // BLOCK
     tiles_ptr += row * tiles * 4
-    groups_ptr += row * tiles * (BLOCK // GROUP)
-    tau = tl.load(temperature_ptr + row)
-    c = scale_of(tl.where(tau == 0.0, 1.0, tau))
+    spans_ptr += row * tiles * (BLOCK // SPAN)
+    _, _, tau, top_k, top_p, min_p = parameters(
+        row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr
+    )
+    c = scale_of(tau)
+    # Of all other rows the search finds it.
+    counted = keeps_all(top_k, top_p, min_p, vocab_size)
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
         z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK)
-        m, s, _ = tile_statistics(z, c)
+        m, s, _energy = tile_statistics(z, c)
         nan = tl.full([], 0.0, tl.float32)
         # A row of finite logits pays nothing for those that are not: they make s NaN.
         if s != s:
             nan = tl.sum((z != z).to(tl.float32), 0)
             z = clean(z, False)
-            m, s, _ = tile_statistics(z, c)
+            m, s, _energy = tile_statistics(z, c)
             if m == float("inf"):
                 s = tl.sum((z == float("inf")).to(tl.float32), 0)
         finite = tl.full([], BLOCK, tl.float32)
-        if tl.min(z, 0) == float("-inf"):
+        if counted:
             finite = tl.sum((z > float("-inf")).to(tl.float32), 0)
         tl.store(tiles_ptr + tile * 4, m)
         tl.store(tiles_ptr + tile * 4 + 1, s)
         tl.store(tiles_ptr + tile * 4 + 2, finite)
         tl.store(tiles_ptr + tile * 4 + 3, nan)
-        top = tl.max(tl.reshape(z, [BLOCK // GROUP, GROUP]), 1)
-        group = tile * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-        tl.store(groups_ptr + group, top.to(groups_ptr.dtype.element_ty))
+        top = tl.max(tl.reshape(z, [BLOCK // SPAN, SPAN]), 1)
+        span = tile * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
+        tl.store(spans_ptr + span, top.to(spans_ptr.dtype.element_ty))
 
 
 @triton.jit(
@@ -234,11 +250,11 @@ def sample_masses_fwd_kernel(
     valid, _, tau, top_k, top_p, min_p = parameters(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr
     )
-    tile_m, _, finite, _, top_is_inf = load_tiles(tiles_ptr + row * tiles * 4, tiles, MAX_TILES)
+    tile_m, _, _, _, top_is_inf = load_tiles(tiles_ptr + row * tiles * 4, tiles, MAX_TILES)
     m = tl.max(tile_m, 0)
-    finite = tl.sum(finite, 0).to(tl.int32)
-    read = keeps_all(top_k, top_p, min_p, finite) | pools_row(top_k, top_p, finite, JOINT)
-    if valid & (finite > 0) & read:
+    read = keeps_all(top_k, top_p, min_p, vocab_size)
+    read = read | pools_row(top_k, top_p, vocab_size, JOINT)
+    if valid & (m > float("-inf")) & read:
         c = mass_scale_of(tau)
         for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
             z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK)
@@ -367,7 +383,7 @@ def sample_fwd_kernel(
     seed_ptr,
     position_ptr,
     tiles_ptr,
-    groups_ptr,
+    spans_ptr,
     masses_ptr,
     hits_ptr,
     list_ptr,
@@ -390,7 +406,7 @@ def sample_fwd_kernel(
     ALIGN: tl.constexpr,
     TILE: tl.constexpr,
     MAX_TILES: tl.constexpr,
-    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -410,21 +426,20 @@ def sample_fwd_kernel(
     length = vocab_size
     if valid:
         tiles = (vocab_size + TILE - 1) // TILE
-        groups = tiles * (TILE // GROUP)
+        spans = tiles * (TILE // SPAN)
         tiles_ptr += row * tiles * 4
         masses_ptr += row * tiles
-        groups_ptr += row * groups
-        hits_ptr += row * groups
+        spans_ptr += row * spans
+        hits_ptr += row * spans
         list_ptr += row * CAPACITY
         ids_ptr += row * CAPACITY
-        tile_m, tile_s, tile_finite, tile_nan, top_is_inf = load_tiles(
-            tiles_ptr, tiles, MAX_TILES
-        )
+        tile_m, tile_s, tile_finite, tile_nan, top_is_inf = load_tiles(tiles_ptr, tiles, MAX_TILES)
         m = tl.max(tile_m, 0)
         finite = tl.sum(tile_finite, 0).to(tl.int32)
         nan = tl.max(tile_nan, 0) > 0.0
-        status = nan.to(tl.int32) + top_is_inf.to(tl.int32) * 2 + (finite == 0).to(tl.int32) * 4
-        if finite > 0:
+        empty = m == float("-inf")
+        status = nan.to(tl.int32) + top_is_inf.to(tl.int32) * 2 + empty.to(tl.int32) * 4
+        if m > float("-inf"):
             z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
             if allowed_ptr is not None:
                 allowed_ptr += row * allowed_stride
@@ -436,9 +451,17 @@ def sample_fwd_kernel(
             else:
                 s = combined(tiles_ptr, tiles, c)
 
-            by_k = (top_k > 0) & (top_k < finite)
-            all_kept = keeps_all(top_k, top_p, min_p, finite)
-            whole_pool = pools_row(top_k, top_p, finite, JOINT)
+            if EXACT == 0:
+                # The masses of tiles, which a draw from the whole row goes by.
+                weight = tl.exp2(tl.maximum((tile_m - m) * c, -200.0)) * tile_s
+                weight = tl.where(mass_of(tile_m, m, mass_c) > 0, weight, 0.0)
+                tile = tl.arange(0, MAX_TILES)
+                masses = (weight * 17592186044416.0).to(tl.int64)
+                tl.store(masses_ptr + tile, masses, mask=tile < tiles)
+
+            by_k = (top_k > 0) & (top_k < vocab_size)
+            all_kept = keeps_all(top_k, top_p, min_p, vocab_size)
+            whole_pool = pools_row(top_k, top_p, vocab_size, JOINT)
             trim = greedy | (KEEP_TIES == 0)
             highest = key_of(m, SHIFT)
             floor = lowest
@@ -446,15 +469,15 @@ def sample_fwd_kernel(
                 floor = min_p_key(m, tau, min_p, SHIFT)
             # Below `low` lies nothing that is kept, nor anything of the mass that top-p applies to.
             low = lowest
-            if by_k & (top_k <= groups):
-                low = group_bound(groups_ptr, groups, top_is_inf, low, highest, top_k, BLOCK, SHIFT)
+            if by_k & (top_k <= spans):
+                low = span_bound(spans_ptr, spans, top_is_inf, low, highest, top_k, BLOCK, SHIFT)
             if whole_pool:
                 low = tl.maximum(low, nucleus_key(m, tau, top_p, vocab_size, SHIFT))
             if (top_p >= 1.0) | whole_pool:
                 low = tl.maximum(low, floor)
             if (all_kept == 0) | (finite <= CAPACITY):
                 number = collect(
-                    source, groups_ptr, hits_ptr, groups, low, highest, GROUP, CAPACITY, BLOCK, SHIFT
+                    source, spans_ptr, hits_ptr, spans, low, highest, SPAN, CAPACITY, BLOCK, SHIFT
                 )
                 listed = number <= CAPACITY
                 length = tl.where(listed, number, vocab_size)
@@ -478,22 +501,15 @@ def sample_fwd_kernel(
                     need = needed_mass(top_p, pool)
                 if (by_mass & (top_p < 1.0)) | (by_k & (turn == 0)):
                     new_cut, new_last = search(
-                        source, groups_ptr, hits_ptr, groups, listed, length, m, mass_c, by_mass,
-                        low, highest, need, trim, GROUP, CAPACITY, BLOCK, SHIFT,
+                        source, spans_ptr, hits_ptr, spans, listed, length, m, mass_c, by_mass,
+                        low, highest, need, trim, SPAN, CAPACITY, BLOCK, SHIFT,
                     )  # fmt: skip
                     cut, last = stricter(cut, last, new_cut, new_last)
             cut, last = stricter(cut, last, floor, vocab_size)
 
             kept_s = s
             kept = finite
-            if all_kept & (listed == 0) & (finite == vocab_size):
-                if EXACT == 0:
-                    weight = tl.exp2(tl.maximum((tile_m - m) * c, -200.0)) * tile_s
-                    weight = tl.where(mass_of(tile_m, m, mass_c) > 0, weight, 0.0)
-                    tile = tl.arange(0, MAX_TILES)
-                    masses = (weight * 17592186044416.0).to(tl.int64)
-                    tl.store(masses_ptr + tile, masses, mask=tile < tiles)
-            else:
+            if (all_kept == 0) | listed | (finite < vocab_size):
                 kept_s, kept = kept_statistics(
                     source, listed, length, m, c, mass_c, cut, last, masses_ptr, TILE, BLOCK, SHIFT
                 )
@@ -545,15 +561,15 @@ def sample_fwd(
     r = _row.rows(logits)
     vocab = logits.shape[-1]
     tiles = triton.cdiv(vocab, _row.TILE)
-    groups = tiles * (_row.TILE // GROUP)
+    spans = tiles * (_row.TILE // SPAN)
     if tiles > MAX_TILES:
         raise ValueError(f"logits must have V ≤ {MAX_TILES * _row.TILE}, got {vocab}")
     float32, int32 = torch.float32, torch.int32
     w = Workspace(
         tiles=logits.new_empty((r.count, tiles, 4), dtype=float32),
-        groups=logits.new_empty((r.count, groups)),
+        spans=logits.new_empty((r.count, spans)),
         masses=logits.new_empty((r.count, tiles), dtype=torch.int64),
-        hits=logits.new_empty((r.count, groups), dtype=int32),
+        hits=logits.new_empty((r.count, spans), dtype=int32),
         logits=logits.new_empty((r.count, CAPACITY)),
         ids=logits.new_empty((r.count, CAPACITY), dtype=int32),
         found=logits.new_empty((r.count, 3), dtype=int32),
@@ -568,14 +584,17 @@ def sample_fwd(
         logits,
         allowed,
         temperature,
+        top_k,
+        top_p,
+        min_p,
         w.tiles,
-        w.groups,
+        w.spans,
         *strides,
         vocab,
         per_program,
         ALIGN=r.align,
         BLOCK=_row.TILE,
-        GROUP=GROUP,
+        SPAN=SPAN,
         **_row.LAUNCH,
     )
     if exact:
@@ -607,7 +626,7 @@ def sample_fwd(
         seed,
         position,
         w.tiles,
-        w.groups,
+        w.spans,
         w.masses,
         w.hits,
         w.logits,
@@ -627,10 +646,10 @@ def sample_fwd(
         ALIGN=r.align,
         TILE=_row.TILE,
         MAX_TILES=MAX_TILES,
-        GROUP=GROUP,
+        SPAN=SPAN,
         CAPACITY=CAPACITY,
         BLOCK=CHUNK,
-        **_SEARCH,
+        **SEARCH,
     )
     return w
 

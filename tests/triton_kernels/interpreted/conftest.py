@@ -45,7 +45,7 @@ def small_tiles(monkeypatch):
     """Tiles of 64: rows of a few hundred columns then cross tiles, at a fraction of the time."""
     monkeypatch.setattr(row, "TILE", 64)
     monkeypatch.setattr(kept_sets, "TILE", 32)
-    for name, size in (("GROUP", 8), ("CHUNK", 32), ("CAPACITY", 48), ("MAX_TILES", 16)):
+    for name, size in (("SPAN", 8), ("CHUNK", 32), ("CAPACITY", 48), ("MAX_TILES", 16)):
         monkeypatch.setattr(sample, name, size)
 
 
@@ -174,9 +174,11 @@ def draw():
         out.mask = torch.zeros(rows, logits.shape[1], dtype=torch.bool)
         for r in range(rows):
             if out.status[r] & sample.OVERFLOW:
-                out.mask[r] = out.bits[r].repeat_interleave(32)[: logits.shape[1]] >> (
-                    torch.arange(logits.shape[1]) % 32
-                ) & 1
+                out.mask[r] = (
+                    out.bits[r].repeat_interleave(32)[: logits.shape[1]]
+                    >> (torch.arange(logits.shape[1]) % 32)
+                    & 1
+                )
             else:
                 ids = out.ids[out.offsets[r] : out.offsets[r + 1]].long()
                 assert (ids.diff() > 0).all()
