@@ -1,6 +1,7 @@
 """The C++ extension: raw addresses (tensor.data_ptr(), 0 for none) and sizes, nothing of torch."""
 
 from array import array
+from collections.abc import Sequence
 
 # kernels: row statistics, losses, sampling (csrc/kernels).
 
@@ -89,20 +90,35 @@ def sample(
     threads: int,
 ) -> int: ...
 
+# memory: warm pages for large gradients (csrc/memory/warm_pages.h).
+def warm_tensor(shape: Sequence[int], dtype: int) -> object | None: ...
+def release_warm_pages() -> int: ...
+def warm_pages() -> tuple[int, int]: ...
+
 # memory: the hand-over of weights (csrc/memory).
-# An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides in elements.
-_Pieces = array[int]
+# forms, an array("Q"): of each tensor offset, itemsize, ndim, sizes, strides in elements.
+_Numbers = array[int]
 
 class CudaError(RuntimeError): ...
 
 def usable_threads(requested: int) -> int: ...
 def pack(
-    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
+    buffer: int,
+    buffer_bytes: int,
+    forms: _Numbers,
+    addresses: _Numbers,
+    checksum: bool,
+    threads: int,
 ) -> list[int]: ...
 def unpack(
-    buffer: int, buffer_bytes: int, pieces: _Pieces, checksum: bool, threads: int
+    buffer: int,
+    buffer_bytes: int,
+    forms: _Numbers,
+    addresses: _Numbers,
+    checksum: bool,
+    threads: int,
 ) -> list[int]: ...
-def checksum(buffer: int, buffer_bytes: int, ranges: list[int], threads: int) -> list[int]: ...
+def checksum(buffer: int, buffer_bytes: int, ranges: _Numbers, threads: int) -> list[int]: ...
 def segment_create(bytes: int) -> tuple[int, int]: ...
 def segment_open(fd: int, bytes: int) -> int: ...
 def segment_close(address: int, bytes: int) -> None: ...

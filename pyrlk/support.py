@@ -199,7 +199,9 @@ def _csr(ascending: Tensor, counts: Tensor) -> Support:
     return Support(ascending[slots < counts[:, None]].to(torch.int32), _offsets(counts))
 
 
-def check(support, z: Tensor, shape) -> tuple[Tensor | None, Tensor | None]:
+def check(
+    support, z: Tensor, shape, other_name: str = "logits"
+) -> tuple[Tensor | None, Tensor | None]:
     """(ids, offsets) of a support argument for tokens of `shape`, or (None, None)."""
     if support is None:
         return None, None
@@ -210,8 +212,9 @@ def check(support, z: Tensor, shape) -> tuple[Tensor | None, Tensor | None]:
         )
     if support.bits is not None and z.device.type == "cpu":
         support = support.trim()
-    ids = _check.like("support.ids", support.ids, z)
-    offsets = _check.like("support.offsets", support.offsets, z)
+    ids, offsets = (
+        _check.like(f"support.{n}", getattr(support, n), z, other_name) for n in ("ids", "offsets")
+    )
     if ids.dtype != torch.int32 or ids.dim() != 1 or not ids.is_contiguous():
         raise TypeError(
             f"support.ids must be contiguous int32 [N], got {ids.dtype} {list(ids.shape)}"
@@ -258,3 +261,33 @@ def check_values(kept: Support | None, vocab: int) -> None:
         raise ValueError(
             f"support.ids[{at}] = {int(used[at])} must be greater than the id before it"
         )
+
+
+def take(kept: Support | None, rows: slice | Tensor) -> Support | None:
+    """The kept sets of some rows: a slice shares the ids, an index gathers them.
+
+    Without a synchronisation, so into a buffer of the old size; a set outside its ids is empty.
+    """
+    if kept is None:
+        return None
+    ids, offsets = kept.ids, kept.offsets
+    if isinstance(rows, slice):
+        return Support(ids, offsets[rows.start : rows.stop + 1])
+    first, last = offsets[:-1][rows], offsets[1:][rows]
+    sound = (first >= 0) & (first <= last) & (last <= ids.numel())
+    taken = _offsets(torch.where(sound, last - first, 0))
+    if rows.numel() == 0 or ids.numel() == 0:
+        return Support(ids, taken)
+    slots = torch.arange(ids.numel(), device=ids.device)
+    row = torch.searchsorted(taken[1:], slots, right=True).clamp(max=rows.numel() - 1)
+    source = (first[row] + slots - taken[row]).clamp(0, ids.numel() - 1)
+    return Support(ids[source], taken)
+
+
+def holds(kept: Support, tokens: Tensor) -> Tensor:
+    """bool [T], on CPU: whether each token is in its kept set."""
+    used = kept.ids[: int(kept.offsets[-1])]
+    row = torch.arange(tokens.numel()).repeat_interleave(kept.offsets.diff())
+    found = torch.zeros(tokens.numel(), dtype=torch.bool)
+    found[row[used == tokens[row]]] = True
+    return found

@@ -4,10 +4,10 @@
 //   gradient     ∂ℓ/∂z_i = (1/τ)·[ g·(1[i=a] − π_i) − h·π_i·(log π_i + H) ],  π = 2^y / S
 //
 // Fixed 4096-wide tiles, 64 lanes a tile, tiles combined in index order in double: equal logits
-// give equal bits in any batch, thread count and instruction set.
+// give equal bits in any batch, thread count and instruction set, and the tiles of one row may be
+// computed by several threads.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -18,6 +18,8 @@ namespace pyrlk {
 
 constexpr int64_t kTile = 4096;
 constexpr int kLanes = 64;
+
+inline int64_t tile_count(int64_t n) { return (n + kTile - 1) / kTile; }
 
 struct RowStats {
   double max = -std::numeric_limits<double>::infinity();
@@ -32,20 +34,8 @@ inline float exponent_scale(double temperature) {
   return c < std::numeric_limits<float>::max() ? c : std::numeric_limits<float>::max();
 }
 
-// Two parts of a row, in index order. A part without finite logits has sum 0 and changes nothing.
-inline RowStats combine(const RowStats& a, const RowStats& b, double c) {
-  RowStats r;
-  r.max = std::max(a.max, b.max);
-  r.nan = a.nan || b.nan;
-  for (const RowStats* part : {&a, &b}) {
-    if (part->sum == 0.0) continue;
-    const double shift = (part->max - r.max) * c;
-    const double scale = shift == 0.0 ? 1.0 : std::exp2(shift);
-    if (scale == 0.0) continue;
-    r.sum += scale * part->sum;
-    r.energy += scale * (part->energy + shift * part->sum);
-  }
-  return r;
+inline double exponent_scale(DType dtype, double temperature) {
+  return dtype == DType::kFloat64 ? 1.4426950408889634 / temperature : exponent_scale(temperature);
 }
 
 // Does the row have a distribution? A NaN, a +inf or nothing but −inf makes log-probs NaN.
@@ -82,10 +72,21 @@ inline RowSlope row_slope(const RowStats& s, double logp, double g, double h, do
   return r;
 }
 
-// Statistics and gradient of one row, whatever its type.
-RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy);
-void row_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
-                  const RowSlope& slope, int64_t action, void* out);
+// Statistics of one row of any type, by up to `threads` threads (the bits do not depend on it).
+RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy,
+                   int threads = 1);
+
+// The same in parts, for threads that share a row: tiles [first, last), one entry each …
+void tile_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy,
+                int64_t first, int64_t last, RowStats* tiles);
+// … and all of them together, in index order.
+RowStats combine(const RowStats* tiles, int64_t count, DType dtype, double temperature);
+
+// The gradient of tiles [first, last); `action` may lie in any tile, or be −1. `stream`: the
+// gradient is too large to be found in a cache later, so write around it.
+void tile_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
+                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, bool stream,
+                   void* out);
 // Fills [from, to) of a row.
 void row_fill(void* out, DType dtype, int64_t from, int64_t to, float value);
 double row_at(const void* z, DType dtype, int64_t i);
@@ -93,8 +94,10 @@ double row_at(const void* z, DType dtype, int64_t i);
 // The row operations of one instruction set, indexed by DType (float32, float16, bfloat16).
 struct RowKernels {
   const char* name;
-  RowStats (*stats[3])(const void* z, int64_t n, float c, bool with_entropy);
-  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, void* out);
+  // Tiles of n elements in all, the last one perhaps short.
+  void (*stats[3])(const void* z, int64_t n, float c, bool with_entropy, RowStats* tiles);
+  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, bool stream,
+                      void* out);
   // The row as float32.
   void (*widen[3])(const void* z, int64_t n, float* out);
   // Maximum of every 64 elements.

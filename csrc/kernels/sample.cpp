@@ -314,13 +314,11 @@ Sweep sweep(const void* logits, DType dtype, int64_t n, const uint32_t* allowed,
       const int64_t size = std::min(kTile, end - i);
       if (copied) to_floats(logits, dtype, i, size, s.row.data());
       if (allowed != nullptr) forbid(allowed, i, size, s.row.data());
-      s.tile_stats[i / kTile] = ops.stats[0](z + i, size, c, false);
+      ops.stats[0](z + i, size, c, false, &s.tile_stats[i / kTile]);
       ops.group_max(z + i, size, s.group_max.data() + i / kLanes);
     }
   });
-  RowStats stats = s.tile_stats[0];
-  for (size_t t = 1; t < s.tile_stats.size(); ++t) stats = combine(stats, s.tile_stats[t], c);
-  return {z, stats};
+  return {z, combine(s.tile_stats.data(), int64_t(s.tile_stats.size()), DType::kFloat32, tau)};
 }
 
 struct RowDraw {

@@ -4,15 +4,17 @@
     publisher = Publisher(Local(path))                 receiver = Receiver(model, path)
     publisher.update(model, version=1)   ── handle ──▶ receiver.poll()    # between two rollouts
 
-layout (tensors → buckets) · memory (staging, handles) · wire (frames) · publisher · receiver
+gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames) · publisher · receiver
 """
 
+from . import gather
 from .errors import (
     ApplyFailed,
     Busy,
     ChecksumMismatch,
     DtypeMismatch,
     EngineDirty,
+    ManifestUnknown,
     MissingName,
     PeerLost,
     ProtocolError,
@@ -26,6 +28,7 @@ from .errors import (
 )
 from .publisher import Local, Publisher, UpdateReport
 from .receiver import Receiver
+from .sglang import SGLang
 
 __all__ = [
     "ApplyFailed",
@@ -34,11 +37,13 @@ __all__ = [
     "DtypeMismatch",
     "EngineDirty",
     "Local",
+    "ManifestUnknown",
     "MissingName",
     "PeerLost",
     "ProtocolError",
     "Publisher",
     "Receiver",
+    "SGLang",
     "ShapeMismatch",
     "StagingError",
     "StaleVersion",
@@ -47,4 +52,5 @@ __all__ = [
     "Unsupported",
     "UpdateError",
     "UpdateReport",
+    "gather",
 ]

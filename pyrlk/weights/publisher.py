@@ -8,31 +8,78 @@ APPLIED   the receiver's version is the new one
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from . import gather, memory, wire
 from . import layout as layouts
-from . import memory, wire
 from .errors import EngineDirty, PeerLost, Timeout, Unsupported, UpdateError
+from .source import ModuleState, NamedTensors, Source
 from .wire import Frame, Type
 
-NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | nn.Module
+SELECTORS = ("all", "target", "draft")
 
 
 @dataclass(frozen=True)
-class Local:
+class Outcome:
+    """How an engine took the tensors of an update; see UpdateReport."""
+
+    mode: str
+    names_from: str
+    tensors: int
+    planned: int
+    fallback: dict[str, str]
+
+
+class Session(Protocol):
+    """A connection to an engine. In an update: begin, stage, send; each may raise."""
+
+    settled: bool  # nothing of a transaction is under way
+    handed_over: bool  # the engine may have begun to copy
+
+    @property
+    def boot(self) -> bytes: ...  # another one means a restarted engine
+    def alive(self) -> bool: ...
+    def begin(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+    ) -> None: ...
+    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...
+    def outcome(self, layout: layouts.Layout) -> Outcome: ...
+    def close(self) -> None: ...  # politely
+    def abandon(self) -> None: ...  # at once
+
+
+class Target(abc.ABC):
+    """Where weights go."""
+
+    @abc.abstractmethod
+    def open(self, patience: float, timeout: float) -> Session:
+        """Connect, waiting up to `patience` seconds for an engine that is still starting."""
+
+
+@dataclass(frozen=True)
+class Local(Target):
     """A `Receiver` on this machine, by the path of its socket."""
 
     socket_path: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        wire.check_path(self.socket_path)
+
+    def open(self, patience: float, timeout: float) -> Session:
+        return _Session(wire.check_path(self.socket_path), patience, timeout)
 
 
 @dataclass
@@ -48,8 +95,9 @@ class UpdateReport:
     bytes : handed over; an alias counts once
     buckets : staging buckets they took
     seconds : by stage; `verify` and `copy` were spent by the receiver, inside `wait`
-    mode : "bucket": packed into staging buckets
-    names_from : what names were checked against: "module", "expected" or "unchecked"
+    mode : "bucket": packed into staging buckets; "plan": and replayed by SGLang's loader
+    names_from : what names were checked against: "module", "expected", "expect", "checkpoint",
+        "engine" or "unchecked"
     """
 
     version: int
@@ -82,7 +130,7 @@ class Publisher:
 
     Parameters
     ----------
-    target : Local
+    target : Local or SGLang
         The engine.
     bucket_bytes : int
         Largest staging bucket; a larger tensor gets a bucket of its own.
@@ -101,22 +149,24 @@ class Publisher:
 
     def __init__(
         self,
-        target: Local,
+        target: Target,
         *,
         bucket_bytes: int = 512 << 20,
         buffers: int = 2,
         verify: str = "copy",
         timeout: float = 30.0,
     ):
-        if not isinstance(target, Local):
-            raise TypeError(f"target must be weights.Local, got {type(target).__name__}")
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"target must be weights.Local or weights.SGLang, got {type(target).__name__}"
+            )
         _check_int("bucket_bytes", bucket_bytes, 1, 1 << 46)
         _check_int("buffers", buffers, 1, wire.MAX_SLOTS)
         if verify not in ("copy", "off"):
             raise ValueError(f'verify must be "copy" or "off", got {verify!r}')
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        self._path = wire.check_path(target.socket_path)
+        self._target = target
         self._bucket_bytes = bucket_bytes
         self._buffers = buffers
         self._verify = verify == "copy"
@@ -124,24 +174,34 @@ class Publisher:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
-        self._layout: tuple[list[layouts.Spec], layouts.Layout] | None = None
+        self._plan: Plan | None = None  # of the last update
+        self._module: gather.Checkpoint | ModuleState | None = None
         self._boot: bytes | None = None  # of the engine that took our last update
-        self._holder: list[_Session] = []  # at most one; shared with the finalizer
+        self._holder: list[Session] = []  # at most one; shared with the finalizer
         self._finalizer = weakref.finalize(self, _close_sessions, self._holder, self._pid)
 
+    @torch.no_grad()
     def update(
-        self, named_tensors: NamedTensors, *, version: int, partial: bool = False
+        self,
+        named_tensors: NamedTensors,
+        *,
+        version: int,
+        partial: bool = False,
+        selector: str = "all",
     ) -> UpdateReport:
         """Make the engine's weights equal to `named_tensors`, under the number `version`.
 
         Parameters
         ----------
         named_tensors : mapping, iterable of (name, tensor), or nn.Module
-            A module stands for its `state_dict()`. Tensors that share memory are sent once.
+            A module stands for its `state_dict()`, a transformers model for `gather.hf(module)`:
+            the names of its checkpoint. Tensors that share memory are sent once.
         version : int
             Must rise from update to update.
         partial : bool
             Allow names to be left out; the engine keeps those weights.
+        selector : {"all", "target", "draft"}
+            Which models of a speculating SGLang take the tensors.
 
         Raises
         ------
@@ -155,32 +215,35 @@ class Publisher:
         _check_int("version", version, 0, 1 << 62)
         if not isinstance(partial, bool):
             raise TypeError(f"partial must be a bool, got {type(partial).__name__}")
+        if selector not in SELECTORS:
+            raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
         with self._lock:
             self._check_usable()
-            clock = _Clock()
-            tensors = _collect(named_tensors)
-            device = memory.placement(tensors)
-            layout = self._plan(tensors)
+            clock = Clock()
+            plan = self._plan_of(named_tensors)
+            layout = plan.layout
             clock.lap("plan")
             session = self._connected()
             clock.lap("connect")
-            if partial and self._boot not in (None, session.welcome.boot):
+            if partial and self._boot not in (None, session.boot):
                 raise EngineDirty(
                     "the engine was restarted and has lost its version: send a full update first"
                 )
             try:
-                session.begin(layout, version, partial, self._verify)
+                session.begin(layout, version, partial, self._verify, selector)
                 clock.lap("check")
-                session.stage(layout, device, self._buffers)
+                session.stage(layout, plan.device, self._buffers)
                 clock.lap("stage")
-                applied = session.send(layout, tensors, self._verify, clock)
+                applied = session.send(plan, self._verify, clock)
             except BaseException as error:
                 if not session.settled:
                     self._drop(session)
                 if isinstance(error, PeerLost | Timeout):
                     error.dirty = session.handed_over  # nobody is left to ask
                 raise
-            self._boot = session.welcome.boot
+            finally:
+                plan.forget_tensors()
+            self._boot = session.boot
             clock.seconds["verify"] = applied.verify_seconds
             clock.seconds["copy"] = applied.copy_seconds
             return self._report(layout, session, version, clock)
@@ -203,41 +266,77 @@ class Publisher:
         if os.getpid() != self._pid:
             raise RuntimeError("a Publisher cannot be used in a forked child: make one there")
 
-    def _plan(self, tensors: list[tuple[str, Tensor]]) -> layouts.Layout:
-        specs = _specs(tensors)
-        if self._layout is None or self._layout[0] != specs:
-            self._layout = specs, layouts.plan(specs, self._bucket_bytes)
-        return self._layout[1]
+    def _plan_of(self, named_tensors: NamedTensors) -> Plan:
+        if isinstance(named_tensors, nn.Module):
+            if self._module is None or not self._module.of(named_tensors):
+                known = gather.is_hf(named_tensors)
+                self._module = (gather.Checkpoint if known else ModuleState)(named_tensors)
+            named_tensors = self._module.tensors()
+        source = Source(named_tensors)
+        if self._plan is not None and source.fits(self._plan.source):
+            self._plan.take(source)
+        else:
+            self._plan = None
+            self._plan = Plan(source, self._bucket_bytes)
+        return self._plan
 
-    def _connected(self) -> _Session:
-        if self._holder and not self._holder[0].channel.alive():
+    def _connected(self) -> Session:
+        if self._holder and not self._holder[0].alive():
             self._drop(self._holder[0])
         if not self._holder:
             # A first engine may still be starting; one that was here and is gone is an error now.
             patience = self._timeout if self._boot is None else 0.0
-            self._holder.append(_Session(self._path, patience, self._timeout))
+            self._holder.append(self._target.open(patience, self._timeout))
         return self._holder[0]
 
-    def _drop(self, session: _Session) -> None:
+    def _drop(self, session: Session) -> None:
         self._holder.clear()
         session.abandon()
 
     def _report(
-        self, layout: layouts.Layout, session: _Session, version: int, clock: _Clock
+        self, layout: layouts.Layout, session: Session, version: int, clock: Clock
     ) -> UpdateReport:
-        straight = session.welcome.names_from == "module"
-        names = [entry.name for entry in layout.entries]
+        outcome = session.outcome(layout)
         clock.seconds["total"] = clock.total()
         return UpdateReport(
             version=version,
-            tensors=len(names),
-            planned=len(names) if straight else 0,
-            fallback={} if straight else dict.fromkeys(names, "the receiver has a load_weights"),
+            tensors=outcome.tensors,
+            planned=outcome.planned,
+            fallback=outcome.fallback,
             bytes=layout.nbytes,
             buckets=len(layout.buckets),
             seconds=clock.seconds,
-            names_from=session.welcome.names_from,
+            mode=outcome.mode,
+            names_from=outcome.names_from,
         )
+
+
+class Plan:
+    """What stays from update to update: the layout, and each bucket's copies but for addresses."""
+
+    def __init__(self, source: Source, bucket_bytes: int):
+        source.note()
+        self.source = source
+        self.device = source.placement()
+        self.layout = layouts.plan(source.specs(), bucket_bytes)
+        entries = self.layout.entries
+        self.copies = [
+            memory.Copies([(source.tensors[i], entries[i].offset) for i in pieces])
+            for pieces in self.layout.pieces
+        ]
+
+    def take(self, source: Source) -> None:
+        """Another update of the same form."""
+        self.source.take(source)
+        for copies, pieces in zip(self.copies, self.layout.pieces, strict=True):
+            addresses = [source.addresses[i] for i in pieces]
+            copies.refill([source.tensors[i] for i in pieces], addresses)
+
+    def forget_tensors(self) -> None:
+        """Between updates no tensor of the trainer is kept alive."""
+        self.source.forget_tensors()
+        for copies in self.copies:
+            copies.clear()
 
 
 class _Session:
@@ -260,8 +359,30 @@ class _Session:
             self.channel.close()
             raise
 
-    def begin(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+    @property
+    def boot(self) -> bytes:
+        return self.welcome.boot
+
+    def alive(self) -> bool:
+        return self.channel.alive()
+
+    def outcome(self, layout: layouts.Layout) -> Outcome:
+        straight = self.welcome.names_from == "module"
+        names = [entry.name for entry in layout.entries]
+        return Outcome(
+            mode="bucket",
+            names_from=self.welcome.names_from,
+            tensors=len(names),
+            planned=len(names) if straight else 0,
+            fallback={} if straight else dict.fromkeys(names, "the receiver has a load_weights"),
+        )
+
+    def begin(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+    ) -> None:
         """Let the receiver judge the manifest; raises what it found."""
+        if selector != "all":
+            raise Unsupported(f"a Receiver has one model: selector {selector!r} is SGLang's")
         self._transaction += 1
         self.settled = self.handed_over = False
         fds = []
@@ -311,24 +432,17 @@ class _Session:
         finally:
             self._ring = memory.Ring(segments)
 
-    def send(
-        self,
-        layout: layouts.Layout,
-        tensors: list[tuple[str, Tensor]],
-        verify: bool,
-        clock: _Clock,
-    ) -> wire.Applied:
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         """Pack and hand over every bucket; returns when the receiver serves the new version."""
         threads = torch.get_num_threads()
-        for bucket, pieces in enumerate(layout.pieces):
+        for bucket, copies in enumerate(plan.copies):
             slot = self._ring.free_slot()
             while slot is None:
                 self._await_ack()
                 slot = self._ring.free_slot()
             clock.lap("wait")
             slot.fill()
-            sources = [(tensors[i][1], layout.entries[i].offset) for i in pieces]
-            sums = slot.segment.pack(sources, checksum=verify, threads=threads)
+            sums = slot.segment.pack(copies, checksum=verify, threads=threads)
             slot.segment.finish()
             slot.ready()
             message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums))
@@ -383,13 +497,13 @@ class _Session:
 _LEAKED: list[memory.Ring] = []
 
 
-def _close_sessions(holder: list[_Session], pid: int) -> None:
+def _close_sessions(holder: list[Session], pid: int) -> None:
     if os.getpid() == pid:
         while holder:
             holder.pop().close()
 
 
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:
@@ -403,58 +517,6 @@ class _Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self._start
-
-
-def _collect(named_tensors: NamedTensors) -> list[tuple[str, Tensor]]:
-    """Names and tensors, each checked; nothing is copied."""
-    if isinstance(named_tensors, Tensor | str | bytes):
-        raise TypeError(
-            "named_tensors must be a mapping, an iterable of (name, tensor) or a module, got "
-            f"{type(named_tensors).__name__}"
-        )
-    out: list[tuple[str, Tensor]] = []
-    seen: set[str] = set()
-    for name, tensor in _pairs(named_tensors):
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"named_tensors: {name!r} is a {type(tensor).__name__}, wanted a str and a Tensor"
-            )
-        if name in seen:
-            raise ValueError(f"named_tensors: {name!r} comes twice")
-        seen.add(name)
-        if hasattr(tensor, "full_tensor"):
-            raise Unsupported(f"{name!r} is a DTensor: pass tensor.full_tensor()")
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
-            kind = "meta" if tensor.device.type == "meta" else str(tensor.layout)
-            raise Unsupported(f"{name!r} is a {kind} tensor: pass a dense one with data")
-        if not layouts.supported(tensor.dtype):
-            raise Unsupported(f"{name!r} has dtype {tensor.dtype}, which has no code on the wire")
-        out.append((name, tensor.detach()))
-    return out
-
-
-def _pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(named_tensors, nn.Module):
-        named_tensors = named_tensors.state_dict()
-    if isinstance(named_tensors, Mapping):
-        yield from named_tensors.items()
-        return
-    for item in named_tensors:
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise TypeError(f"named_tensors must yield (name, tensor), got {item!r:.80}")
-        yield item[0], item[1]
-
-
-def _specs(tensors: list[tuple[str, Tensor]]) -> list[layouts.Spec]:
-    """Specs with aliases: the same memory, read the same way, is sent once."""
-    owners: dict[tuple, int] = {}
-    specs = []
-    for index, (name, tensor) in enumerate(tensors):
-        shape = tuple(tensor.shape)
-        key = (tensor.device, tensor.data_ptr(), shape, tensor.stride(), tensor.dtype)
-        owner = owners.setdefault(key, index) if tensor.numel() else index
-        specs.append(layouts.Spec(name, shape, tensor.dtype, None if owner == index else owner))
-    return specs
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -403,8 +403,7 @@ class _owned:
 def _verify(
     segment: memory.Segment, layout: layouts.Layout, bucket: wire.Bucket, threads: int
 ) -> None:
-    pieces = [layout.entries[i] for i in layout.pieces[bucket.bucket]]
-    sums = segment.sums([(e.offset, e.nbytes) for e in pieces], threads=threads)
-    for entry, want, got in zip(pieces, bucket.sums, sums, strict=True):
+    sums = segment.sums(layout.ranges[bucket.bucket], threads=threads)
+    for piece, want, got in zip(layout.pieces[bucket.bucket], bucket.sums, sums, strict=True):
         if want != got:
-            raise mismatch(entry, want, got, "arrived")
+            raise mismatch(layout.entries[piece], want, got, "arrived")
