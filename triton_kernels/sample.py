@@ -44,7 +44,16 @@ from .prefix import (
     span_bound,
     stricter,
 )
-from .row import combine, load_token_logit, logprob_of, row_offset, scale_of, tile_statistics
+from .row import (
+    GROUP,
+    combine,
+    load_token_logit,
+    logprob_of,
+    no_statistics,
+    row_offset,
+    scale_of,
+    tile_statistics,
+)
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 
@@ -104,18 +113,20 @@ def load_tiles(tiles_ptr, count, MAX_TILES: tl.constexpr):
 
 @triton.jit
 def combined(tiles_ptr, count, c):
-    """s of a row without +inf: its tiles in index order, as row.statistics combines them."""
-    m = tl.full([], float("-inf"), tl.float32)
-    s = tl.full([], 0.0, tl.float32)
-    e = tl.full([], 0.0, tl.float32)
-    # Eight tiles a step, so that their loads are under way together; those beyond change nothing.
-    for start in range(0, count, 8):
-        for k in tl.static_range(8):
-            tile = tiles_ptr + (start + k) * 4
-            inside = start + k < count
+    """s of a row without +inf: its tiles as row.statistics combines them, in groups, in order."""
+    m, s, e = no_statistics()
+    for first in range(0, count, GROUP):
+        group_m, group_s, group_e = no_statistics()
+        # Loads of a group are under way together; tiles beyond the row change nothing.
+        for k in tl.static_range(GROUP):
+            tile = tiles_ptr + (first + k) * 4
+            inside = first + k < count
             tile_m = tl.load(tile, mask=inside, other=float("-inf"))
             tile_s = tl.load(tile + 1, mask=inside, other=0.0)
-            m, s, e = combine(m, s, e, tile_m, tile_s, 0.0, c)
+            group_m, group_s, group_e = combine(
+                group_m, group_s, group_e, tile_m, tile_s, 0.0, c, False
+            )
+        m, s, e = combine(m, s, e, group_m, group_s, group_e, c, False)
     return s
 
 
@@ -183,13 +194,13 @@ def sample_tiles_fwd_kernel(
     counted = keeps_all(top_k, top_p, min_p, vocab_size)
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
         z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK)
-        m, s, _energy = tile_statistics(z, c)
+        m, s, _energy = tile_statistics(z, c, False)
         nan = tl.full([], 0.0, tl.float32)
         # A row of finite logits pays nothing for those that are not: they make s NaN.
         if s != s:
             nan = tl.sum((z != z).to(tl.float32), 0)
             z = clean(z, False)
-            m, s, _energy = tile_statistics(z, c)
+            m, s, _energy = tile_statistics(z, c, False)
             if m == float("inf"):
                 s = tl.sum((z == float("inf")).to(tl.float32), 0)
         finite = tl.full([], BLOCK, tl.float32)
