@@ -46,7 +46,7 @@ def refused(capsys, *argv: str) -> str:
         ),
         (
             ["--resume", "--name", "none"],
-            "pyrlk demo: error: argument --resume: runs/none/checkpoint.pt does not exist",
+            "pyrlk demo: error: argument --resume: runs/none/checkpoint.safetensors does not exist",
         ),
     ],
 )
@@ -66,7 +66,7 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(capsys, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "dapo-seed0"
     folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"")
+    (folder / "checkpoint.safetensors").write_bytes(b"")
     (folder / "metrics.jsonl").write_text('{"step": 3}\n')
     assert refused(capsys, "demo") == (
         "pyrlk demo: error: runs/dapo-seed0 holds an unfinished run: --resume continues it, "

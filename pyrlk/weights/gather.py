@@ -129,7 +129,8 @@ class _NoCopies(TorchDispatchMode):
 def _locate(name: str, view: Tensor, candidates: dict[int, list[tuple[str, Tensor]]]) -> _View:
     for source, tensor in candidates.get(view.untyped_storage().data_ptr(), []):
         offset = view.storage_offset() - tensor.storage_offset()
-        if view.dtype == tensor.dtype and 0 <= offset and _extent(view) + offset <= _extent(tensor):
+        inside = offset >= 0 and _extent(view) + offset <= _extent(tensor)
+        if inside and view.dtype == tensor.dtype:
             return _View(source, offset, view.size(), view.stride())
     raise Unsupported(
         f"{name!r}: transformers computes it when it saves, so it is no view of the module's "

@@ -30,6 +30,7 @@ from .errors import (
     EngineDirty,
     PeerLost,
     ProtocolError,
+    StagingError,
     StaleVersion,
     UpdateError,
 )
@@ -178,6 +179,11 @@ class Receiver:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
+        except OSError as error:
+            # Out of descriptors: whoever knocks goes on waiting, and so does this side, a little.
+            self.last_error = StagingError(f"no socket: {error.strerror} (ulimit -n)")
+            time.sleep(0.01)
+            return
         channel = wire.Channel(sock)
         if self._session is not None:
             error = Busy(f"{self._session.channel.peer} is this engine's publisher")
@@ -197,6 +203,9 @@ class Receiver:
             welcome = wire.Welcome(self._boot, self.version, self.dirty, self._engine.names_from)
             self._send(Type.WELCOME, 0, welcome.encode())
             session.greeted = True
+        elif frame.type is Type.RETIRE and session.greeted:
+            session.close_segments()
+            self._send(Type.RETIRED, frame.transaction)
         elif frame.type is Type.CLOSE:
             session.close_segments()
             self._send(Type.CLOSED, frame.transaction)
