@@ -1,12 +1,13 @@
 // Small rows through every CPU kernel with several threads: against double arithmetic, and for the
 // sanitizers (make test-sanitize) to watch. Rows are wide enough that the work is really shared.
+#include "kernels/kernels.h"
+
 #include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
 
 #include "check.h"
-#include "kernels/kernels.h"
 
 namespace {
 
@@ -68,9 +69,9 @@ void policy_loss_is_reinforce_without_old_logprobs() {
   out.data = gradient.data();
   Terms terms;
   terms.clipped = false;
-  const PolicyLossArgs args{c.rows(), c.tokens.data(), {},          nullptr, advantages.data(),
-                            weight.data(), nullptr,    tau,         terms,   loss.data(),
-                            logprob.data(), nullptr,   &out};
+  const PolicyLossArgs args{c.rows(),       c.tokens.data(), {},  nullptr, advantages.data(),
+                            weight.data(),  nullptr,         tau, terms,   loss.data(),
+                            logprob.data(), nullptr,         &out};
   CHECK(policy_loss(args, 3) == -1);
   Rows plain = c.rows();
   plain.data = other.data();
@@ -96,11 +97,21 @@ void draws_replay_whatever_the_threads() {
   };
   Out one, many;
   for (auto [out, threads] : {std::pair<Out*, int>{&one, 1}, {&many, 4}}) {
-    const SampleArgs args{c.rows(),           temperature.data(),  top_p.data(),
-                          min_p.data(),       top_k.data(),        seed.data(),
-                          position.data(),    nullptr,             false,
-                          false,              out->token.data(),   out->logprob.data(),
-                          out->full.data(),   out->kept.data(),    out->status.data(),
+    const SampleArgs args{c.rows(),
+                          temperature.data(),
+                          top_p.data(),
+                          min_p.data(),
+                          top_k.data(),
+                          seed.data(),
+                          position.data(),
+                          nullptr,
+                          false,
+                          false,
+                          out->token.data(),
+                          out->logprob.data(),
+                          out->full.data(),
+                          out->kept.data(),
+                          out->status.data(),
                           out->support.data()};
     CHECK(sample(args, threads) == -1);
   }
