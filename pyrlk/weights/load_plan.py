@@ -165,7 +165,9 @@ def record(model: nn.Module, load_weights: LoadWeights, layout: Layout) -> Plan:
         if not post.called:
             plan.disabled = "load_weights replaces tensors of the model"
         plan.post = True
-    written = [n for n, v in tensors.versions().items() if versions.get(n) != v]
+    # A held back write still counts as one, so only those that the recorder never saw are left.
+    after_versions = tensors.versions().items()
+    written = [n for n, v in after_versions if versions.get(n) != v and n not in recorder.seen]
     if written:
         # It went past the recorder (C++, another thread): it was not held back either.
         raise ApplyFailed(f"load_weights writes {written[0]!r} unseen", dirty=True)
@@ -315,6 +317,10 @@ class _Reserved:
 class _Recorder(TorchDispatchMode):
     """Notes what happens to sources; holds back what would write to the model."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import all of torch._dynamo, seconds, at the first update
+
     def __init__(self, tensors: Tensors, sources: _Reserved, layout: Layout):
         super().__init__()
         self._sources = sources
@@ -329,6 +335,7 @@ class _Recorder(TorchDispatchMode):
         self._foreign = ""
         self._post = False
         self.inside_post = False
+        self.seen: set[str] = set()  # names of the model's tensors that something wrote to
         for name, tensor in tensors.by_name.items():
             if tensor.device.type == "meta" or not tensor.numel():
                 continue
@@ -370,6 +377,7 @@ class _Recorder(TorchDispatchMode):
         if written:
             held = [t for t in written if self._place(t) is not None]
             if held:
+                self.seen.update(p.name for p in map(self._place, held) if p is not None)
                 self._note(func, held, args, sources)
                 return args[0] if len(held) == 1 and held[0] is args[0] else written[0]
             if any(self._sources.find(t) is not None for t in written):

@@ -209,13 +209,11 @@ class PlanEngine:
         """REASON and STATUS frames: how each tensor is taken."""
         known = self._current()
         plan = known.plan
-        why = plan.disabled
-        if not why and not known.trusted:
-            why = "recorded in this update; the next one compares replay and load_weights"
+        young = "" if known.trusted else "recorded; the next update compares it with load_weights"
         reasons: dict[str, int] = {}
         codes = bytearray()
         for index in range(len(self._layout.entries)):
-            reason = plan.fallback.get(index, why)
+            reason = plan.disabled or plan.fallback.get(index) or young
             if index in plan.unread:
                 codes.append(wire.Status.UNREAD)
             elif not reason:

@@ -364,7 +364,9 @@ def test_bad_options_are_named(socket_path, options, error, message):
 
 
 def test_bad_arguments_are_named(socket_path):
-    with pytest.raises(TypeError, match=r"target must be weights\.Local or weights\.SGLang, got str"):
+    with pytest.raises(
+        TypeError, match=r"target must be weights\.Local or weights\.SGLang, got str"
+    ):
         weights.Publisher(socket_path)
     with pytest.raises(TypeError, match="model_or_load_weights must be an"):
         weights.Receiver(3, socket_path)
