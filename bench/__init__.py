@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-OPS = ("policy_loss", "linear", "sample")
+OPS = ("policy_loss", "scaling", "linear", "sample", "pack")
 
 
 def main(argv: list[str] | None = None) -> int:

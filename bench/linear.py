@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 import pyrlk
-from pyrlk import linear, reference
+from pyrlk import _head, reference
 
 from .measure import interleaved, peak_bytes
 
@@ -34,7 +34,7 @@ class Case:
             own = pyrlk.linear_token_logprobs(self.hidden, self.weight, self.tokens)
         self.old = own + 0.05 * torch.randn(rows, generator=g).to(device)
         size = dtype.itemsize * vocab
-        self.chunk = linear._chunk_rows(0, rows, size, device == "cuda")
+        self.chunk = _head.chunk_rows(0, rows, size, device == "cuda")
         self.logits = torch.empty(self.chunk, vocab, dtype=dtype, device=device)
         self.dhidden = torch.empty_like(self.hidden)
         total = torch.float32
@@ -61,7 +61,7 @@ class Case:
             torch.mm(z, self.weight, out=self.dhidden[start : start + self.chunk])
             if self.wide is not None:
                 z, x = self.wide[: x.shape[0]].copy_(z), x.float()
-            linear._accumulate(self.dweight, z.t(), x, first=start == 0)
+            _head.accumulate(self.dweight, z.t(), x, first=start == 0)
 
     def unfused(self) -> None:
         self.clear()

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -11,10 +12,12 @@
 
 #include "kernels/kernels.h"
 #include "memory/cuda_driver.h"
+#include "memory/dlpack.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
 #include "memory/scatter.h"
 #include "memory/threads.h"
+#include "memory/warm_pages.h"
 
 namespace py = pybind11;
 
@@ -28,17 +31,83 @@ struct Support {
     for (const auto& row : rows) n += static_cast<int64_t>(row.size());
     return n;
   }
-  void write(int32_t* ids, int64_t* offsets) const {
+  // Rows that end within `capacity` go to ids; the others become bits, and OVERFLOW in status.
+  void write(int32_t* ids, int64_t capacity, int64_t* offsets, uint32_t* bits, int64_t words,
+             uint8_t* status) const {
     *offsets = 0;
-    for (const auto& row : rows) {
-      ids = std::copy(row.begin(), row.end(), ids);
-      offsets[1] = offsets[0] + static_cast<int64_t>(row.size());
-      ++offsets;
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      const auto& row = rows[b];
+      const int64_t begin = offsets[b], end = begin + static_cast<int64_t>(row.size());
+      offsets[b + 1] = end;
+      if (end <= capacity) {
+        std::copy(row.begin(), row.end(), ids + begin);
+      } else if (end > begin) {
+        uint32_t* word = bits + static_cast<int64_t>(b) * words;
+        std::fill_n(word, words, 0);
+        for (const int32_t id : row) word[id / 32] |= 1u << (id % 32);
+        status[b] |= pyrlk::kOverflow;
+      }
     }
   }
 
   std::vector<std::vector<int32_t>> rows;
 };
+
+// A tensor in warm pages, as DLPack describes it to torch.
+struct WarmTensor {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape;
+
+  static void release(DLManagedTensor* self) {
+    auto* made = static_cast<WarmTensor*>(self->manager_ctx);
+    pyrlk::give_back_warm_pages(made->managed.dl_tensor.data);
+    delete made;
+  }
+};
+
+// A capsule for torch.from_dlpack, or None where the system has no such memory.
+py::object warm_tensor(const std::vector<int64_t>& shape, int dtype) {
+  const auto type = static_cast<pyrlk::DType>(dtype);
+  const auto item = static_cast<std::size_t>(pyrlk::item_size(type));
+  std::size_t bytes = item;
+  for (const int64_t n : shape) bytes *= static_cast<std::size_t>(n);
+  auto made = std::make_unique<WarmTensor>();
+  made->shape = shape;
+  void* block = nullptr;
+  {
+    py::gil_scoped_release nogil;
+    block = pyrlk::take_warm_pages(bytes);
+  }
+  if (block == nullptr) return py::none();
+  const auto code = uint8_t(type == pyrlk::DType::kBFloat16 ? 4 : 2);
+  made->managed.dl_tensor = {
+      block,   {1, 0}, int32_t(shape.size()), {code, uint8_t(8 * item), 1}, made->shape.data(),
+      nullptr, 0};
+  made->managed.manager_ctx = made.get();
+  made->managed.deleter = WarmTensor::release;
+  // A consumer renames the capsule; under its first name nobody took the tensor.
+  PyObject* capsule = PyCapsule_New(&made->managed, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    managed->deleter(managed);
+  });
+  if (capsule == nullptr) {
+    pyrlk::give_back_warm_pages(block);
+    throw py::error_already_set();
+  }
+  made.release();
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+void bind_warm_pages(py::module_& module) {
+  module.def("warm_tensor", warm_tensor);
+  module.def("release_warm_pages", &pyrlk::release_warm_pages,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("warm_pages", [] {
+    const pyrlk::WarmPages w = pyrlk::warm_pages();
+    return py::make_tuple(w.used, w.kept);
+  });
+}
 
 // kernels/: row statistics, losses, sampling.
 void bind_kernels(py::module_& module) {
@@ -140,15 +209,20 @@ void bind_kernels(py::module_& module) {
       .def("total", &Support::total)
       .def(
           "write",
-          [](const Support& self, Address ids, Address offsets) {
-            self.write(static_cast<int32_t*>(pointer(ids)), int64s(offsets));
+          [](const Support& self, Address ids, int64_t capacity, Address offsets, Address bits,
+             int64_t words, Address status) {
+            self.write(static_cast<int32_t*>(pointer(ids)), capacity, int64s(offsets),
+                       static_cast<uint32_t*>(pointer(bits)), words,
+                       static_cast<uint8_t*>(pointer(status)));
           },
-          py::arg("ids"), py::arg("offsets"));
+          py::arg("ids"), py::arg("capacity"), py::arg("offsets"), py::arg("bits"),
+          py::arg("words"), py::arg("status"));
   module.def(
       "sample",
       [](const PyRows& logits, Address temperature, Address top_k, Address top_p, Address min_p,
-         Address seed, Address position, bool joint, Address token, Address logprob,
-         Address full_logprob, Address kept, Address status, Support* support, int threads) {
+         Address seed, Address position, Address allowed, bool joint, bool keep_ties, Address token,
+         Address logprob, Address full_logprob, Address kept, Address status, Support* support,
+         int threads) {
         const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
         const pyrlk::SampleArgs args{to_rows(logits),
                                      floats(temperature),
@@ -157,7 +231,9 @@ void bind_kernels(py::module_& module) {
                                      int64s(top_k),
                                      int64s(seed),
                                      int64s(position),
+                                     static_cast<const uint32_t*>(pointer(allowed)),
                                      joint,
+                                     keep_ties,
                                      int64s(token),
                                      floats(logprob),
                                      floats(full_logprob),
@@ -168,9 +244,9 @@ void bind_kernels(py::module_& module) {
         return pyrlk::sample(args, threads);
       },
       py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("joint"), py::arg("token"),
-      py::arg("logprob"), py::arg("full_logprob"), py::arg("kept"), py::arg("status"),
-      py::arg("support"), py::arg("threads"));
+      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("allowed"), py::arg("joint"),
+      py::arg("keep_ties"), py::arg("token"), py::arg("logprob"), py::arg("full_logprob"),
+      py::arg("kept"), py::arg("status"), py::arg("support"), py::arg("threads"));
 }
 
 // memory/: packing, shared memory, CUDA handles.
@@ -178,67 +254,74 @@ void bind_memory(py::module_& module) {
   using Address = std::uint64_t;
   using Sums = std::vector<std::uint64_t>;
   static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
-  // An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides. Thousands of
-  // tensors as Python tuples would set off the garbage collector in every update.
-  static const auto to_pieces = [](const py::buffer& buffer) {
+  // Two array("Q"): of each tensor offset, itemsize, ndim, sizes, strides, the same in every
+  // update; and the addresses. Thousands of tensors as Python tuples would set off the garbage
+  // collector.
+  static const auto numbers = [](const py::buffer& buffer) {
     const py::buffer_info info = buffer.request();
     if (info.itemsize != 8 || info.ndim != 1) throw py::value_error("wanted an array('Q')");
     const auto* at = static_cast<const std::int64_t*>(info.ptr);
-    const auto* end = at + info.size;
+    return std::make_pair(at, at + info.size);
+  };
+  static const auto to_pieces = [](const py::buffer& forms, const py::buffer& addresses) {
+    auto [at, end] = numbers(forms);
+    auto [address, last] = numbers(addresses);
     std::vector<pyrlk::Piece> pieces;
+    pieces.reserve(static_cast<std::size_t>(last - address));
     while (at != end) {
-      if (end - at < 4 || at[3] < 0 || at[3] > pyrlk::kMaxDims || end - at < 4 + 2 * at[3]) {
-        throw py::value_error(
-            "a piece has address, offset, itemsize, ndim (at most 16), sizes, "
-            "strides");
+      if (end - at < 3 || at[2] < 0 || at[2] > pyrlk::kMaxDims || end - at < 3 + 2 * at[2]) {
+        throw py::value_error("a piece has offset, itemsize, ndim (at most 16), sizes, strides");
       }
+      if (address == last) throw py::value_error("fewer addresses than pieces");
       pyrlk::Piece piece{};
-      piece.data = pointer(static_cast<Address>(at[0]));
-      piece.offset = static_cast<std::uint64_t>(at[1]);
-      piece.itemsize = static_cast<std::int32_t>(at[2]);
-      piece.ndim = static_cast<std::int32_t>(at[3]);
-      std::copy_n(at + 4, piece.ndim, piece.sizes);
-      std::copy_n(at + 4 + piece.ndim, piece.ndim, piece.strides);
+      piece.data = pointer(static_cast<Address>(*address++));
+      piece.offset = static_cast<std::uint64_t>(at[0]);
+      piece.itemsize = static_cast<std::int32_t>(at[1]);
+      piece.ndim = static_cast<std::int32_t>(at[2]);
+      std::copy_n(at + 3, piece.ndim, piece.sizes);
+      std::copy_n(at + 3 + piece.ndim, piece.ndim, piece.strides);
       pieces.push_back(piece);
-      at += 4 + 2 * piece.ndim;
+      at += 3 + 2 * piece.ndim;
     }
+    if (address != last) throw py::value_error("more addresses than pieces");
     return pieces;
   };
 
   module.def("usable_threads", &pyrlk::usable_threads, py::arg("requested"));
   module.def(
       "pack",
-      [](Address buffer, std::uint64_t bytes, const py::buffer& items, bool checksum, int threads) {
-        const auto pieces = to_pieces(items);
+      [](Address buffer, std::uint64_t bytes, const py::buffer& forms, const py::buffer& addresses,
+         bool checksum, int threads) {
+        const auto pieces = to_pieces(forms, addresses);
         Sums sums(checksum ? pieces.size() : 0);
         const py::gil_scoped_release nogil;
         pyrlk::pack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
                     checksum ? sums.data() : nullptr);
         return sums;
       },
-      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("pieces"), py::arg("checksum"),
-      py::arg("threads"));
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),
+      py::arg("checksum"), py::arg("threads"));
   module.def(
       "unpack",
-      [](Address buffer, std::uint64_t bytes, const py::buffer& items, bool checksum, int threads) {
-        const auto pieces = to_pieces(items);
+      [](Address buffer, std::uint64_t bytes, const py::buffer& forms, const py::buffer& addresses,
+         bool checksum, int threads) {
+        const auto pieces = to_pieces(forms, addresses);
         Sums sums(checksum ? pieces.size() : 0);
         const py::gil_scoped_release nogil;
         pyrlk::unpack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
                       checksum ? sums.data() : nullptr);
         return sums;
       },
-      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("pieces"), py::arg("checksum"),
-      py::arg("threads"));
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),
+      py::arg("checksum"), py::arg("threads"));
   module.def(
       "checksum",
-      [](Address buffer, std::uint64_t bytes, const std::vector<std::uint64_t>& items,
-         int threads) {
-        if (items.size() % 2 != 0) throw py::value_error("ranges are pairs of offset and bytes");
+      [](Address buffer, std::uint64_t bytes, const py::buffer& items, int threads) {
+        auto [at, end] = numbers(items);
+        if ((end - at) % 2 != 0) throw py::value_error("ranges are pairs of offset and bytes");
         std::vector<pyrlk::Range> ranges;
-        ranges.reserve(items.size() / 2);
-        for (std::size_t i = 0; i < items.size(); i += 2) {
-          ranges.push_back({items[i], items[i + 1]});
+        for (; at != end; at += 2) {
+          ranges.push_back({static_cast<std::uint64_t>(at[0]), static_cast<std::uint64_t>(at[1])});
         }
         Sums sums(ranges.size());
         const py::gil_scoped_release nogil;
@@ -434,6 +517,7 @@ void bind_replay(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels and hand-over memory of pyrlk (raw pointers; see pyrlk/_C.pyi)";
   bind_kernels(module);
+  bind_warm_pages(module);
   bind_memory(module);
   bind_replay(module);
 }

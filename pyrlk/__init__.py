@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "sample": "sampling",
+    "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
     "token_logprobs": "logprob",
@@ -20,10 +21,12 @@ _HOME = {
     "reinforce_loss": "loss",
     "policy_loss": "loss",
     "linear_policy_loss": "linear",
-    "policy_loss_from_logprobs": "loss",
-    "reinforce_grad": "loss",
+    "policy_loss_from_logprobs": "from_logprobs",
+    "reinforce_grad": "reinforce",
     "normalizer": "loss",
-    "PolicyStats": "loss",
+    "mtp_loss": "mtp",
+    "MTPStats": "mtp",
+    "PolicyStats": "_plan",
     "REINFORCE": "objective",
     "PPO": "objective",
     "GRPO": "objective",
@@ -45,6 +48,7 @@ _HOME = {
     "informative_groups": "batch",
     "soft_overlong_penalty": "batch",
     "DynamicSampler": "batch",
+    "empty_cache": "_op",
 }
 _MODULES = ("reference", "weights")
 
@@ -53,20 +57,22 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from . import reference as reference
     from . import weights as weights
+    from ._op import empty_cache as empty_cache
+    from ._plan import PolicyStats as PolicyStats
     from .batch import DynamicSampler as DynamicSampler
     from .batch import group_advantages as group_advantages
     from .batch import informative_groups as informative_groups
     from .batch import soft_overlong_penalty as soft_overlong_penalty
+    from .from_logprobs import policy_loss_from_logprobs as policy_loss_from_logprobs
     from .linear import linear_policy_loss as linear_policy_loss
     from .linear import linear_token_logprobs as linear_token_logprobs
     from .logprob import token_logprobs as token_logprobs
-    from .loss import PolicyStats as PolicyStats
     from .loss import dapo_loss as dapo_loss
     from .loss import normalizer as normalizer
     from .loss import policy_loss as policy_loss
-    from .loss import policy_loss_from_logprobs as policy_loss_from_logprobs
-    from .loss import reinforce_grad as reinforce_grad
     from .loss import reinforce_loss as reinforce_loss
+    from .mtp import MTPStats as MTPStats
+    from .mtp import mtp_loss as mtp_loss
     from .objective import BNPO as BNPO
     from .objective import CISPO as CISPO
     from .objective import DAPO as DAPO
@@ -84,7 +90,9 @@ if TYPE_CHECKING:
     from .objective import ClipCov as ClipCov
     from .objective import DrGRPO as DrGRPO
     from .objective import KLCov as KLCov
+    from .reinforce import reinforce_grad as reinforce_grad
     from .sampling import Sample as Sample
+    from .sampling import replay as replay
     from .sampling import sample as sample
     from .support import Support as Support
 

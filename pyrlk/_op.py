@@ -1,35 +1,94 @@
 """How an op is made, and how tensors reach the kernels.
 
-An op is one torch.library schema with a `cpu` and a `cuda` kernel: the dispatcher is torch's. The
-C++ side takes addresses; a tensor of logits becomes (address, dtype, rows, vocab, width, inner,
-strides).
+An op is one torch.library schema with one body for both devices: it checks and prepares in torch,
+and leaves the sweep over V to a kernel that `by_device` picks, C++ or Triton. The C++ side takes
+addresses; a tensor of logits becomes (address, dtype, rows, vocab, width, inner, strides).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
+import typing
 from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.dlpack import from_dlpack
 
 from . import _C, _check
 
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def op(name: str, *, fake: Callable, cuda: Callable, mutates: tuple[str, ...] = ()) -> Callable:
-    """Registers the decorated CPU function as torch.ops.pyrlk.<name>, with CUDA twin and fake."""
+def op(
+    name: str, *, fake: Callable, mutates: tuple[str, ...] = (), cuda: Callable | None = None
+) -> Callable:
+    """Registers the decorated body as torch.ops.pyrlk.<name> for cpu and cuda.
 
-    def register(cpu: Callable) -> Any:
+    A parameter annotated with a NamedTuple stands for its fields in the schema: the op is called
+    with them one by one, body and fake receive the tuple. `cuda` is a body of its own, where the
+    two devices share nothing.
+    """
+
+    def register(body: Callable) -> Any:
+        signature, pack = _flattened(body)
+
+        def packed(function: Callable) -> Callable:
+            @functools.wraps(body)
+            def call(*args):
+                return function(*pack(args))
+
+            call.__signature__ = signature  # type: ignore[attr-defined]
+            return call
+
+        devices = ("cpu", "cuda") if cuda is None else "cpu"
         made = torch.library.custom_op(
-            f"pyrlk::{name}", cpu, mutates_args=mutates, device_types="cpu"
+            f"pyrlk::{name}", packed(body), mutates_args=mutates, device_types=devices
         )
-        made.register_kernel("cuda")(cuda)
-        made.register_fake(fake)
+        if cuda is not None:
+            made.register_kernel("cuda")(packed(cuda))
+        made.register_fake(packed(fake))
         return made
 
     return register
+
+
+def _flattened(body: Callable) -> tuple[inspect.Signature, Callable]:
+    """The signature with every NamedTuple spelt out, and what puts flat arguments back in it."""
+    whole = inspect.signature(body, eval_str=True)
+    groups: list[tuple[type | None, int]] = []
+    flat: list[inspect.Parameter] = []
+    for parameter in whole.parameters.values():
+        kind = parameter.annotation
+        if not hasattr(kind, "_fields"):
+            groups.append((None, 1))
+            flat.append(parameter)
+            continue
+        fields = typing.get_type_hints(kind)
+        groups.append((kind, len(fields)))
+        flat += [parameter.replace(name=n, annotation=a) for n, a in fields.items()]
+
+    def pack(args: tuple) -> list:
+        out, at = [], 0
+        for kind, count in groups:
+            out.append(args[at] if kind is None else kind(*args[at : at + count]))
+            at += count
+        return out
+
+    return whole.replace(parameters=flat), pack
+
+
+def by_device(*, cpu: Callable, cuda: Callable) -> Callable:
+    """The kernel for the device of its first argument, a tensor."""
+
+    def kernel(x: Tensor, *args):
+        return (cuda if x.is_cuda else cpu)(x, *args)
+
+    return kernel
 
 
 def mutates_only(*_args, **_kwargs) -> None:
@@ -64,9 +123,47 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
 
 
+# From here on malloc keeps nothing for later: every allocation is a fresh mapping.
+_WARM_BYTES = 32 << 20
+
+
 def empty_gradient(logits: Tensor) -> Tensor:
-    """Fresh memory for a gradient: contiguous, whatever the strides of the logits are."""
+    """Memory for a gradient: contiguous, whatever the strides of the logits are.
+
+    Large ones on the CPU lie in pages that stay warm from step to step (csrc/memory/warm_pages.h),
+    unless PYRLK_WARM_GRADIENTS=0.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and logits.device.type == "cpu"
+        and not isinstance(logits, FakeTensor)
+        and logits.nbytes >= _WARM_BYTES
+        and os.environ.get("PYRLK_WARM_GRADIENTS") != "0"
+    ):
+        made = _C.warm_tensor(logits.shape, _DTYPE_CODE[logits.dtype])
+        if made is not None:
+            return from_dlpack(made)
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def empty_cache() -> int:
+    """Return the memory of freed CPU gradients to the system; gives its size in bytes.
+
+    The memory of a gradient of 32 MiB or more is kept for the next step when its last tensor is
+    gone: at most two, and no more than were in use at once. The system may take it back by itself
+    when it is short. PYRLK_WARM_GRADIENTS=0 keeps none.
+    """
+    return _C.release_warm_pages()
+
+
+def _scale_cpu(x: Tensor, factor: Tensor) -> None:
+    value = float(factor)
+    if value == 1.0:
+        return
+    if x.is_contiguous():
+        _C.scale(x.data_ptr(), _DTYPE_CODE[x.dtype], x.numel(), value, threads())
+    else:
+        x.mul_(value)
 
 
 def _scale_cuda(x: Tensor, factor: Tensor) -> None:
@@ -75,13 +172,10 @@ def _scale_cuda(x: Tensor, factor: Tensor) -> None:
     policy_loss.scale_(x, factor)
 
 
-@op("scale_", fake=mutates_only, cuda=_scale_cuda, mutates=("x",))
+_scale = by_device(cpu=_scale_cpu, cuda=_scale_cuda)
+
+
+@op("scale_", fake=mutates_only, mutates=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor in place, x contiguous or rows of two strides; a factor of 1 touches nothing."""
-    value = float(factor)
-    if value == 1.0:
-        return
-    if x.is_contiguous():
-        _C.scale(x.data_ptr(), _DTYPE_CODE[x.dtype], x.numel(), value, threads())
-    else:
-        x.mul_(value)
+    _scale(x, factor)

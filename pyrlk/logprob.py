@@ -8,8 +8,7 @@ Forward reads the logits once and keeps 4 floats a token; backward reads once an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ def token_logprobs(
     support: Support | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
+    group: Any = None,
 ) -> Any:  # Tensor, or (Tensor, Tensor)
     """Log-probability of `tokens` under softmax(logits / temperature), and its entropy on request.
 
@@ -45,6 +45,7 @@ def token_logprobs(
         True size under a padded head: columns from there on are not read and get gradient 0.
     return_entropy : bool
         Also return H in nats.
+    group : must be None; a vocabulary sharded over ranks is not supported yet
 
     Returns
     -------
@@ -63,11 +64,47 @@ def token_logprobs(
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
     with_entropy = _check.flag("return_entropy", return_entropy)
-    ids, offsets = _support.check(support, z, shape)
-    logprob, entropy, _ = _token_logprobs(
-        z, tokens, ids, offsets, number, per_token, vocab, with_entropy
-    )
+    _check.no_group(group)
+    rows = Rows(tokens, *_support.check(support, z, shape), number, per_token, vocab)
+    logprob, entropy, _ = score(z, *rows, with_entropy, False)
     return (logprob, entropy) if with_entropy else logprob
+
+
+class Rows(NamedTuple):
+    """What an op scores rows by, in the order of its schema."""
+
+    tokens: Tensor
+    ids: Tensor | None
+    offsets: Tensor | None
+    temperature: float
+    temperatures: Tensor | None
+    vocab: int
+
+    def flat(self, dtype: torch.dtype) -> Actions:
+        return Actions(
+            _op.flat(self.tokens, torch.int64),
+            _support.pair(self.ids, self.offsets),
+            self.temperature,
+            _op.flat(self.temperatures, dtype),
+            self.vocab,
+        )
+
+
+class Actions(NamedTuple):
+    """`Rows` as the kernels want them: flat, contiguous, of the compute dtype."""
+
+    tokens: Tensor
+    kept: Support | None
+    temperature: float
+    temperatures: Tensor | None
+    vocab: int
+
+    def take(self, rows: slice | Tensor) -> Actions:
+        return self._replace(
+            tokens=self.tokens[rows],
+            kept=_support.take(self.kept, rows),
+            temperatures=None if self.temperatures is None else self.temperatures[rows],
+        )
 
 
 def _outputs(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,151 +115,138 @@ def _outputs(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor
     return logprob, entropy, logits.new_empty((*shape, 4), dtype=dtype)
 
 
-def _forward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy):
-    return _outputs(logits, with_entropy)
-
-
-def statistics_cpu(
-    logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
-) -> None:
-    """Fills logprob, entropy (unless None) and stats [T, 4]; all flat, of the compute dtype."""
-    _support.check_values(kept, vocab)
+def _statistics_cpu(logits, at: Actions, logprob, entropy, stats) -> None:
     bad = _C.token_logprobs(
-        _op.rows(logits, vocab),
-        actions.data_ptr(),
-        _support.addresses(kept),
-        (temperature, _op.address(temperatures)),
+        _op.rows(logits, at.vocab),
+        at.tokens.data_ptr(),
+        _support.addresses(at.kept),
+        (at.temperature, _op.address(at.temperatures)),
         logprob.data_ptr(),
         _op.address(entropy),
         stats.data_ptr(),
         _op.threads(),
     )
-    _check.bad_token(bad, actions, vocab)
+    _check.bad_token(bad, at.tokens, at.vocab)
 
 
-def statistics_cuda(
-    logits, actions, kept, temperature, temperatures, vocab, logprob, entropy, stats
-) -> None:
+def _statistics_cuda(logits, at: Actions, logprob, entropy, stats) -> None:
     from .triton_kernels import logprob as kernels
 
-    if actions.numel():
-        tau = temperature if temperatures is None else temperatures
+    if at.tokens.numel():
+        tau = at.temperature if at.temperatures is None else at.temperatures
         kernels.token_logprobs_fwd(
-            logits, actions, kept, tau, vocab, logprob.view(-1), entropy, stats.view(-1, 4)
+            logits, at.tokens, at.kept, tau, at.vocab, logprob.view(-1), entropy, stats.view(-1, 4)
         )
 
 
-def gradient_cpu(
-    logits, actions, kept, temperature, temperatures, vocab, stats, g, h, grad
-) -> None:
-    """Fills grad, which may be logits, from the statistics and the slopes (None is 0)."""
+# Fills logprob, entropy (unless None) and stats [T, 4], all of the compute dtype.
+statistics = _op.by_device(cpu=_statistics_cpu, cuda=_statistics_cuda)
+
+
+def _gradient_cpu(logits, at: Actions, stats, g, h, grad) -> None:
     _C.token_logprobs_backward(
-        _op.rows(logits, vocab),
-        actions.data_ptr(),
-        _support.addresses(kept),
-        (temperature, _op.address(temperatures)),
+        _op.rows(logits, at.vocab),
+        at.tokens.data_ptr(),
+        _support.addresses(at.kept),
+        (at.temperature, _op.address(at.temperatures)),
         stats.data_ptr(),
         _op.address(g),
         _op.address(h),
-        _op.rows(grad, vocab),
+        _op.rows(grad, at.vocab),
         _op.threads(),
     )
 
 
-def gradient_cuda(
-    logits, actions, kept, temperature, temperatures, vocab, stats, g, h, grad
-) -> None:
+def _gradient_cuda(logits, at: Actions, stats, g, h, grad) -> None:
     from .triton_kernels import logprob as kernels
 
-    if actions.numel():
-        tau = temperature if temperatures is None else temperatures
-        kernels.token_logprobs_bwd(logits, actions, kept, tau, vocab, stats.view(-1, 4), g, h, grad)
+    if at.tokens.numel():
+        tau = at.temperature if at.temperatures is None else at.temperatures
+        kernels.token_logprobs_bwd(
+            logits, at.tokens, at.kept, tau, at.vocab, stats.view(-1, 4), g, h, grad
+        )
 
 
-def _forward(statistics: Callable):
-    def token_logprobs_op(
-        logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy
-    ):
-        out = logprob, entropy, stats = _outputs(logits, with_entropy)
-        if logits.device.type == "cpu":
-            _check.temperature_values(temperatures, tokens != -100)
-        tau, actions = _op.flat(temperatures, stats.dtype), _op.flat(tokens, torch.int64)
-        wanted, kept = entropy if with_entropy else None, _support.pair(ids, offsets)
-        statistics(logits, actions, kept, temperature, tau, vocab, logprob, wanted, stats)
-        return out
-
-    return token_logprobs_op
+# Fills grad, which may be logits, from the statistics and the slopes g, h (None is 0).
+gradient = _op.by_device(cpu=_gradient_cpu, cuda=_gradient_cuda)
 
 
-@_op.op("token_logprobs", fake=_forward_fake, cuda=_forward(statistics_cuda))
-def _token_logprobs(
-    logits: Tensor,
-    tokens: Tensor,
-    ids: Tensor | None,
-    offsets: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    vocab: int,
-    with_entropy: bool,
+def _score_fake(logits, rows, with_entropy, inplace):
+    return _outputs(logits, with_entropy)
+
+
+@_op.op("token_logprobs", fake=_score_fake)
+def score(
+    logits: Tensor, rows: Rows, with_entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, entropy or empty, row statistics (m, S, E, z_a))."""
-    return _forward(statistics_cpu)(
-        logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy
-    )
+    """(logprob, entropy or empty, row statistics (m, S, E, z_a)).
+
+    With `inplace` its backward, not this, writes the gradient over the logits.
+    """
+    logprob, entropy, stats = _outputs(logits, with_entropy)
+    at = rows.flat(stats.dtype)
+    if logits.device.type == "cpu":
+        _check.temperature_values(rows.temperatures, rows.tokens != -100)
+        _support.check_values(at.kept, at.vocab)
+    statistics(logits, at, logprob, entropy if with_entropy else None, stats)
+    return logprob, entropy, stats
 
 
-def _backward_fake(logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h):
+def _backward_rows(logits, rows: Rows, stats, g, h, grad) -> None:
+    g, h = _op.flat(g, stats.dtype), _op.flat(h, stats.dtype)
+    gradient(logits, rows.flat(stats.dtype), stats, g, h, grad)
+
+
+def _backward_fake(logits, rows, stats, g, h):
     return _op.empty_gradient(logits)
 
 
-def _backward_by(gradient: Callable):
-    def token_logprobs_backward_op(
-        logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h
-    ):
-        grad = _op.empty_gradient(logits)
-        g, h, tau = (_op.flat(x, stats.dtype) for x in (g, h, temperatures))
-        actions, kept = _op.flat(tokens, torch.int64), _support.pair(ids, offsets)
-        gradient(logits, actions, kept, temperature, tau, vocab, stats, g, h, grad)
-        return grad
-
-    return token_logprobs_backward_op
-
-
-@_op.op("token_logprobs_backward", fake=_backward_fake, cuda=_backward_by(gradient_cuda))
+@_op.op("token_logprobs_backward", fake=_backward_fake)
 def _token_logprobs_backward(
-    logits: Tensor,
-    tokens: Tensor,
-    ids: Tensor | None,
-    offsets: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    vocab: int,
-    stats: Tensor,
-    g: Tensor | None,
-    h: Tensor | None,
+    logits: Tensor, rows: Rows, stats: Tensor, g: Tensor | None, h: Tensor | None
 ) -> Tensor:
     """∂ℓ/∂logits from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H."""
-    return _backward_by(gradient_cpu)(
-        logits, tokens, ids, offsets, temperature, temperatures, vocab, stats, g, h
-    )
+    grad = _op.empty_gradient(logits)
+    _backward_rows(logits, rows, stats, g, h, grad)
+    return grad
+
+
+@_op.op("token_logprobs_backward_", fake=_op.mutates_only, mutates=("logits",))
+def _token_logprobs_backward_(
+    logits: Tensor, rows: Rows, stats: Tensor, g: Tensor | None, h: Tensor | None
+) -> None:
+    """The same; the gradient takes the place of the logits."""
+    _backward_rows(logits, rows, stats, g, h, logits)
 
 
 def _setup(ctx, inputs, output):
-    logits, tokens, ids, offsets, temperature, temperatures, vocab, with_entropy = inputs
-    ctx.save_for_backward(logits, tokens, ids, offsets, temperatures, output[2])
-    ctx.temperature, ctx.vocab, ctx.with_entropy = temperature, vocab, with_entropy
+    rows = Rows(*inputs[1:7])
+    tensors = rows.tokens, rows.ids, rows.offsets, rows.temperatures
+    ctx.save_for_backward(inputs[0], *tensors, output[2])
+    ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
+    ctx.with_entropy, ctx.inplace = inputs[7:]
+    ctx.spent = False
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, h, _stats):
-    logits, tokens, ids, offsets, temperatures, stats = ctx.saved_tensors
     if g is None and h is None:
-        return (None,) * 8
+        return (None,) * 9
+    if ctx.spent:
+        raise RuntimeError(
+            "second backward through the same pyrlk loss: the first wrote over its logits"
+        )
+    logits, tokens, ids, offsets, temperatures, stats = ctx.saved_tensors
+    rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
     h = h if ctx.with_entropy else None
-    grad = _token_logprobs_backward(
-        logits, tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab, stats, g, h
-    )
-    return (grad, *(None,) * 7)
+    if not ctx.inplace:
+        return (_token_logprobs_backward(logits, *rows, stats, g, h), *(None,) * 8)
+    if torch.is_grad_enabled():
+        raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
+    ctx.spent = True
+    grad = logits.detach()
+    _token_logprobs_backward_(grad, *rows, stats, g, h)
+    return (grad, *(None,) * 8)
 
 
 def _no_double_backward(ctx, *_grads):
@@ -231,5 +255,5 @@ def _no_double_backward(ctx, *_grads):
     )
 
 
-_token_logprobs.register_autograd(_backward, setup_context=_setup)
+score.register_autograd(_backward, setup_context=_setup)
 _token_logprobs_backward.register_autograd(_no_double_backward)

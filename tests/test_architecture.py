@@ -9,9 +9,11 @@ import ast
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import pyrlk
 
@@ -24,7 +26,11 @@ LAYERS = [
     {"_check", "_op", "objective", "reference"},
     {
         "support",
+        "_plan",
+        "_head",
         "logprob",
+        "from_logprobs",
+        "reinforce",
         "loss",
         "linear",
         "sampling",
@@ -176,12 +182,15 @@ SYNCHRONISES = {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "uni
 # Functions that read values: they run on CPU alone, or on host data, or are documented to wait.
 HOST = {
     "sampling": {"_row_value_error", "_run_cpu", "rows", "trim", "from_lists", "to_mask"},
-    "loss": {"_run_cpu"},
-    "logprob": {"_token_logprobs"},
+    "loss": set(),
+    "_plan": set(),
+    "from_logprobs": set(),
+    "reinforce": set(),
+    "logprob": set(),
     "_check": {
         "mask_values", "cu_seqlens_values", "temperature_values", "normalizer_value", "bad_token"
     },
-    "_op": {"scale_"},
+    "_op": {"_scale_cpu"},
 }  # fmt: skip
 
 
@@ -199,12 +208,33 @@ def test_the_cuda_path_never_waits_for_the_device(name):
                 assert called.attr not in SYNCHRONISES, f"{name}.{function.name}: .{called.attr}()"
 
 
-@pytest.mark.parametrize("op", ["_C.token_logprobs", "_C.policy_loss", "_C.sample", "_C.scale"])
-def test_cuda_functions_never_call_the_cpu_kernels(op):
-    attribute = op.removeprefix("_C.")
-    for name, path in ((n, p) for n, p in MODULES.items() if n in HOST):
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef) and "cuda" in function.name:
-                calls = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)
-                         and isinstance(n.value, ast.Name) and n.value.id == "_C"}  # fmt: skip
-                assert attribute not in calls, f"{name}.{function.name}"
+def loads(node):
+    """Names and attributes of _C that a piece of code reads."""
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return names, any(isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+                      and n.value.id == "_C" for n in ast.walk(node))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["_op", "logprob", "loss", "reinforce", "sampling"])
+def test_cuda_functions_never_call_the_cpu_kernels(name):
+    """C++ stands in functions named _cpu alone, and those are called through by_device alone."""
+    tree = ast.parse(MODULES[name].read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    kernels = {f.name for f in functions if f.name.endswith(("_cpu", "_cuda"))}
+    assert any(loads(f)[1] for f in functions), "no kernel was found"
+    for function in functions:
+        names, native = loads(function)
+        if name == "sampling":  # a body for each device
+            assert not native or "cuda" not in function.name, f"{name}.{function.name}"
+        else:
+            assert not native or function.name.endswith("_cpu"), f"{name}.{function.name}"
+            assert not names & kernels, f"{name}.{function.name} picks a device by itself"
+
+
+def test_by_device_takes_the_kernel_of_the_first_tensor():
+    from pyrlk import _op
+
+    kernel = _op.by_device(cpu=lambda x, y: ("C++", y), cuda=lambda x, y: ("Triton", y))
+    assert kernel(torch.zeros(1), 1) == ("C++", 1)
+    fake = types.SimpleNamespace(is_cuda=True)
+    assert kernel(fake, 2) == ("Triton", 2)

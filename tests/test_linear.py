@@ -13,8 +13,8 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import pyrlk
-from pyrlk import linear, reference
-from pyrlk import loss as loss_module
+from pyrlk import _head, linear, reference
+from pyrlk import support as support_module
 
 # One launch: REINFORCE to DAPO. Two passes: the others, GSPO and GMPO across whole sequences.
 FUSED = [
@@ -136,8 +136,17 @@ def cases(draw, dtypes=(torch.float32, torch.float64), objectives=(*FUSED, *TWO_
     if draw(st.booleans()):
         tis = pyrlk.TIS(draw(st.sampled_from(["token", "sequence"])), "mask", 1.2)
         options |= {"correction": tis, "rollout_logprobs": lp + 0.2 * torch.randn(shape)}
+    if draw(st.booleans()):
+        options["support"] = kept_sets(tokens, size or vocab)
     old = lp + 0.3 * torch.randn(shape) if draw(st.booleans()) else None
     return inputs, (tokens, old, adv, mask), options
+
+
+def kept_sets(tokens, vocab):
+    """A random kept set for every token, which is in it."""
+    chosen = torch.rand(tokens.numel(), vocab) < 0.4
+    chosen.scatter_(1, tokens.reshape(-1, 1).clamp(min=0), True)
+    return pyrlk.Support.from_mask(chosen)
 
 
 @settings(max_examples=120)
@@ -148,6 +157,8 @@ def test_loss_and_gradients_equal_float64(case):
     want_loss, want = truth(*case)
     dtype = inputs["hidden"].dtype
     bound = bound_of(inputs)
+    if case[2]["objective"].over_sequences:  # a sum of n log-probs carries n of their errors
+        bound *= max(LENGTHS)
     assert loss.dtype == dtype
     # Of a loss of order 1 or more: its terms cancel, and Σ w·|ℓ| is of the order of |A| = 1.
     assert abs(loss - want_loss) <= bound * max(1.0, want_loss.abs().item())
@@ -480,6 +491,82 @@ def test_backward_scales_and_happens_once():
         slope.sum().backward()
 
 
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
+def test_a_support_of_the_whole_vocabulary_changes_no_bit(objective):
+    inputs, arguments = example()
+    everything = pyrlk.Support.from_mask(torch.ones(SHAPE[0], SHAPE[2], dtype=torch.bool))
+    options = {"objective": objective, "entropy_coef": 0.1, "chunk": 8}
+    loss, want = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
+    options["support"] = everything
+    again, got = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_columns_outside_every_support_count_for_nothing(objective, softcap):
+    """They may hold anything, and their rows of the weight get no gradient."""
+    inputs, (tokens, *rest) = example()
+    tokens = tokens % 300
+    support = kept_sets(tokens, 300)
+    options = {"objective": objective, "softcap": softcap, "chunk": 20, "entropy_coef": 0.1}
+    options["support"] = support
+    loss, want = gradients(pyrlk.linear_policy_loss, inputs, (tokens, *rest), options)
+    weight = inputs["weight"].detach().clone()
+    weight[300:] = 7.0
+    inputs["weight"] = weight.requires_grad_()
+    again, got = gradients(pyrlk.linear_policy_loss, inputs, (tokens, *rest), options)
+    torch.testing.assert_close(loss, again)
+    assert_close(got, [x.double() for x in want], 1e-6)
+    assert got[1][300:].eq(0).all()
+
+
+def test_rows_that_are_dropped_take_their_kept_sets_with_them():
+    """Under -100, a mask and no advantage the rest reads its own sets, whatever theirs hold."""
+    inputs, (tokens, old, adv, mask) = example()
+    support = kept_sets(tokens, SHAPE[2])
+    lists = support.rows()
+    masked = [0, 6, 95]
+    for row in masked:
+        lists[row] = []
+    tokens[masked[0]], mask[masked[1:]] = -100, False
+    lists[5], adv[5] = [int(tokens[5])], 0.0
+    emptied = pyrlk.Support.from_lists(lists)
+    results = []
+    for kept in (support, emptied):
+        loss, grads = gradients(
+            pyrlk.linear_policy_loss, inputs, (tokens, old, adv, mask), {"support": kept}
+        )
+        results.append((loss, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_set_outside_the_ids_is_empty_when_rows_are_gathered():
+    """What the CPU refuses and CUDA must survive: the sets of the other rows stay whole."""
+    ids = torch.arange(8, dtype=torch.int32)
+    broken = pyrlk.Support(ids, torch.tensor([0, 3, 2, 7, 99, 8]))
+    lists = support_module.take(broken, torch.tensor([4, 0, 1, 3, 2])).rows()
+    assert lists == [[], [0, 1, 2], [], [], [2, 3, 4, 5, 6]]
+    part = support_module.take(broken, slice(2, 3))
+    assert part.offsets.tolist() == [2, 7]
+    assert part.ids is ids
+
+
+def test_a_token_outside_its_support_is_an_error_with_its_own_index():
+    inputs, (tokens, old, adv, _) = example()
+    leaves = inputs["hidden"], inputs["weight"]
+    lists = kept_sets(tokens, SHAPE[2]).rows()
+    lists[90].remove(int(tokens[90]))
+    support = pyrlk.Support.from_lists(lists)
+    adv[:50] = 0.0  # dropped before row 90
+    message = rf"tokens\[90\] = {tokens[90]} is outside its support"
+    with pytest.raises(ValueError, match=message):
+        pyrlk.linear_policy_loss(*leaves, tokens, old, adv, support=support, chunk=7)
+    with pytest.raises(ValueError, match=message):
+        pyrlk.linear_token_logprobs(*leaves, tokens, support=support, chunk=7)
+
+
 def test_autocast_does_not_reach_the_products():
     inputs, arguments = example()
     want = gradients(pyrlk.linear_policy_loss, inputs, arguments, {})
@@ -538,9 +625,9 @@ def test_fixed_shapes_and_undropped_rows_give_the_same(monkeypatch, objective, s
     inputs["hidden"].requires_grad_()
     arguments = (tokens, old, adv, mask)
     loss, want = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
-    monkeypatch.setattr(linear, "_fixed_shapes", lambda x: True)
+    monkeypatch.setattr(_head, "_fixed_shapes", lambda x: True)
     for capturing in (False, True):
-        monkeypatch.setattr(linear, "_capturing", lambda x, answer=capturing: answer)
+        monkeypatch.setattr(_head, "_capturing", lambda x, answer=capturing: answer)
         again, got = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
         torch.testing.assert_close(again, loss)
         assert_close(got, want, 1e-13)
@@ -578,41 +665,25 @@ def test_opcheck():
     torch.manual_seed(0)
     x, w, b = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11)
     tokens, old, adv = torch.randint(11, (2, 5)), -torch.rand(2, 5), torch.randn(2, 5)
-    ints, numbers = loss_module._flatten(pyrlk.DAPO(), None, 2, 0.0, False, 0.0)
+    integers, numbers = [1, 0, 3, 0, 0, 0], [0.2, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     nones = (None,) * 6
-    for bias, stats, wants in ((b, 1, [True] * 3), (None, 0, [False, True, False])):
+    kept = pyrlk.Support.from_lists([range(11)] * 10)[:2]
+    cases = ((b, kept, 1, [True] * 3), (None, (None, None), 0, [False, True, False]))
+    for bias, pair, stats, wants in cases:
         opcheck(
             linear._linear_policy_loss,
-            (x, w, bias, tokens, old, adv, *nones, 1.0, 11, 2.0, False, 3, [*ints, stats], numbers,
-             wants),
+            (x, w, bias, tokens, *pair, old, adv, *nones, 1.0, 11, [*integers, stats], numbers,
+             2.0, False, 3, wants),
         )  # fmt: skip
     leaves = [t.clone().requires_grad_() for t in (x, w, b)]
     for entropy in (False, True):
-        score = (*leaves, tokens, None, 1.0, 11, 0.0, False, 3, entropy)
-        opcheck(linear._linear_logprobs, score)
+        row = (tokens, *(kept if entropy else (None, None)), 1.0, None, 11, 0.0, False, 3)
+        opcheck(linear._linear_logprobs, (*leaves, *row, entropy))
+        slopes = (torch.randn(2, 5), torch.randn(2, 5) if entropy else None)
+        backward = linear._linear_logprobs_backward
+        opcheck(backward, (x, w, b, *row, *slopes, [True, entropy, True]))
     grads = (torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11))
-    opcheck(linear._attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
-
-
-@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
-def test_one_graph_for_every_length(objective):
-    def f(x, w, b, tokens, old, adv):
-        return pyrlk.linear_policy_loss(
-            x, w, tokens, old, adv, objective=objective, bias=b, softcap=3.0, entropy_coef=0.1
-        )
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    w, b = torch.randn(11, 8, requires_grad=True), torch.randn(11, requires_grad=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (5, 9, 17, 6):
-            x = torch.randn(rows, 8, requires_grad=True)
-            arguments = (torch.randint(11, (rows,)), -torch.rand(rows), torch.randn(rows))
-            got = torch.autograd.grad(compiled(x, w, b, *arguments), (x, w, b))
-            want = torch.autograd.grad(f(x, w, b, *arguments), (x, w, b))
-            for a, c in zip(got, want, strict=True):
-                torch.testing.assert_close(a, c)
-    torch._dynamo.reset()
+    opcheck(_head.attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
 
 
 X, W, IDS, PER = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6), torch.randn(6)
@@ -659,6 +730,15 @@ HEAD_ERRORS = [
     ({"vocab_size": 12}, ValueError, "vocab_size"),
     ({"vocab_size": 0}, ValueError, "vocab_size"),
     ({"vocab_size": 5}, ValueError, r"tokens\[5\] = 5 is outside \[0, 5\)"),
+    ({"group": object()}, ValueError, "group"),
+    ({"support": [[1]] * 6}, TypeError, "support"),
+    ({"support": pyrlk.Support.from_lists([range(11)] * 5)}, ValueError, "support.offsets"),
+    ({"support": pyrlk.Support(IDS, torch.arange(7))}, TypeError, "support.ids"),
+    ({"support": pyrlk.Support(IDS.int(), torch.arange(7).int())}, TypeError, "support.offsets"),
+    ({"support": pyrlk.Support(IDS.int(), torch.arange(7) + 1)}, ValueError, "support.offsets"),
+    ({"support": pyrlk.Support(IDS.int().to("meta"), torch.arange(7))}, TypeError, "support.ids"),
+    ({"support": pyrlk.Support(IDS.int() + 6, torch.arange(7))}, ValueError, r"support.ids\[5\]"),
+    ({"support": pyrlk.Support.from_lists([[0]] * 6)}, ValueError, r"tokens\[1\] = 1 is outside i"),
 ]
 LOSS_ERRORS = [
     ({"old_logprobs": PER[:5]}, ValueError, "old_logprobs"),

@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
+#include "../memory/threads.h"
 #include "row.h"
 
 namespace pyrlk {
@@ -18,8 +20,8 @@ const RowKernels* find(const char* name) {
   if (std::strcmp(name, "base") == 0) return &k_base;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (avx2 && std::strcmp(name, "avx2") == 0) return &k_avx2;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -44,45 +46,99 @@ const RowKernels*& current() {
   return kernels;
 }
 
+const void* at(const void* row, DType dtype, int64_t i) {
+  return static_cast<const char*>(row) + i * item_size(dtype);
+}
+
 }  // namespace
 
 const RowKernels& row_kernels() { return *current(); }
 
-RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy) {
+void tile_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy,
+                int64_t first, int64_t last, RowStats* tiles) {
+  const int64_t begin = first * kTile, end = std::min(n, last * kTile);
   if (dtype != DType::kFloat64) {
-    return row_kernels().stats[int(dtype)](z, n, exponent_scale(temperature), with_entropy);
+    row_kernels().stats[int(dtype)](at(z, dtype, begin), end - begin, exponent_scale(temperature),
+                                    with_entropy, tiles + first);
+    return;
   }
-  const double* row = static_cast<const double*>(z);
-  const double c = 1.4426950408889634 / temperature;
-  RowStats s;
-  for (int64_t i = 0; i < n; ++i) {
-    s.nan = s.nan || row[i] != row[i];
-    s.max = row[i] > s.max ? row[i] : s.max;
+  const double c = exponent_scale(dtype, temperature);
+  for (int64_t t = first; t < last; ++t) {
+    const double* tile = static_cast<const double*>(z) + t * kTile;
+    const int64_t size = std::min(kTile, n - t * kTile);
+    RowStats s;
+    for (int64_t i = 0; i < size; ++i) {
+      s.nan = s.nan || tile[i] != tile[i];
+      s.max = tile[i] > s.max ? tile[i] : s.max;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const double y = (tile[i] - s.max) * c, e = std::exp2(y);
+      if (!(e > 0.0)) continue;
+      s.sum += e;
+      if (with_entropy) s.energy += e * y;
+    }
+    tiles[t] = s;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const double y = (row[i] - s.max) * c, e = std::exp2(y);
-    s.sum += e;
-    if (with_entropy && e > 0.0) s.energy += e * y;
-  }
-  return s;
 }
 
-void row_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
-                  const RowSlope& slope, int64_t action, void* out) {
+// A tile without finite logits has sum 0 and changes nothing.
+RowStats combine(const RowStats* tiles, int64_t count, DType dtype, double temperature) {
+  const double c = exponent_scale(dtype, temperature);
+  RowStats r;
+  for (int64_t t = 0; t < count; ++t) {
+    r.max = std::max(r.max, tiles[t].max);
+    r.nan = r.nan || tiles[t].nan;
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    if (tiles[t].sum == 0.0) continue;
+    const double shift = (tiles[t].max - r.max) * c;
+    const double scale = shift == 0.0 ? 1.0 : std::exp2(shift);
+    if (scale == 0.0) continue;
+    r.sum += scale * tiles[t].sum;
+    r.energy += scale * (tiles[t].energy + shift * tiles[t].sum);
+  }
+  return r;
+}
+
+RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy,
+                   int threads) {
+  const int64_t count = tile_count(n);
+  std::vector<RowStats> tiles(count);
+  if (threads <= 1) {
+    tile_stats(z, dtype, n, temperature, with_entropy, 0, count, tiles.data());
+  } else {
+#pragma omp parallel for schedule(static) num_threads(usable_threads(threads))
+    for (int64_t t = 0; t < count; ++t) {
+      tile_stats(z, dtype, n, temperature, with_entropy, t, t + 1, tiles.data());
+    }
+  }
+  return combine(tiles.data(), count, dtype, temperature);
+}
+
+void tile_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
+                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, bool stream,
+                   void* out) {
+  const int64_t begin = first * kTile, end = std::min(n, last * kTile);
   if (dtype == DType::kFloat64) {
     const double* row = static_cast<const double*>(z);
     double* target = static_cast<double*>(out);
-    const double c = 1.4426950408889634 / temperature;
-    for (int64_t i = 0; i < n; ++i) {
+    const double c = exponent_scale(dtype, temperature);
+    for (int64_t i = begin; i < end; ++i) {
       const double y = (row[i] - max) * c, e = std::exp2(y);
       target[i] = e > 0.0 ? e * (slope.k1 + slope.k2 * y) : 0.0;
     }
-    if (action >= 0) target[action] = slope.at_action;
-    return;
+  } else {
+    row_kernels().gradient[int(dtype)](
+        at(z, dtype, begin), end - begin, exponent_scale(temperature), float(max), float(slope.k1),
+        float(slope.k2), stream, const_cast<void*>(at(out, dtype, begin)));
   }
-  row_kernels().gradient[int(dtype)](z, n, exponent_scale(temperature), float(max), float(slope.k1),
-                                     float(slope.k2), out);
-  if (action >= 0) row_fill(out, dtype, action, action + 1, float(slope.at_action));
+  if (begin <= action && action < end) {
+    if (dtype == DType::kFloat64) {
+      static_cast<double*>(out)[action] = slope.at_action;
+    } else {
+      row_fill(out, dtype, action, action + 1, float(slope.at_action));
+    }
+  }
 }
 
 void row_fill(void* out, DType dtype, int64_t from, int64_t to, float value) {

@@ -18,10 +18,9 @@ struct Rows {
   int64_t width;         // columns of the tensor
   int64_t inner, stride_outer, stride_inner;
 
-  int64_t item() const { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
   char* row(int64_t t) const {
     const int64_t at = (t / inner) * stride_outer + (t % inner) * stride_inner;
-    return static_cast<char*>(data) + at * item();
+    return static_cast<char*>(data) + at * item_size(dtype);
   }
 };
 
@@ -69,7 +68,8 @@ struct SampleArgs {
   Rows logits;
   const float *temperature, *top_p, *min_p;
   const int64_t *top_k, *seed, *position;
-  bool joint;
+  const uint32_t* allowed;  // [rows, ceil(vocab / 32)] bits, or null: all
+  bool joint, keep_ties;
   int64_t* token;
   float *logprob, *full_logprob;
   int32_t* kept;

@@ -4,7 +4,8 @@
 //   gradient     ∂ℓ/∂z_i = (1/τ)·[ g·(1[i=a] − π_i) − h·π_i·(log π_i + H) ],  π = 2^y / S
 //
 // Fixed 4096-wide tiles, 64 lanes a tile, tiles combined in index order in double: equal logits
-// give equal bits in any batch, thread count and instruction set.
+// give equal bits in any batch, thread count and instruction set, and the tiles of one row may be
+// computed by several threads.
 #pragma once
 
 #include <cmath>
@@ -18,6 +19,8 @@ namespace pyrlk {
 constexpr int64_t kTile = 4096;
 constexpr int kLanes = 64;
 
+inline int64_t tile_count(int64_t n) { return (n + kTile - 1) / kTile; }
+
 struct RowStats {
   double max = -std::numeric_limits<double>::infinity();
   double sum = 0.0;     // S
@@ -29,6 +32,10 @@ struct RowStats {
 inline float exponent_scale(double temperature) {
   const float c = 1.4426950408889634f / float(temperature);
   return c < std::numeric_limits<float>::max() ? c : std::numeric_limits<float>::max();
+}
+
+inline double exponent_scale(DType dtype, double temperature) {
+  return dtype == DType::kFloat64 ? 1.4426950408889634 / temperature : exponent_scale(temperature);
 }
 
 // Does the row have a distribution? A NaN, a +inf or nothing but −inf makes log-probs NaN.
@@ -65,10 +72,21 @@ inline RowSlope row_slope(const RowStats& s, double logp, double g, double h, do
   return r;
 }
 
-// Statistics and gradient of one row, whatever its type.
-RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy);
-void row_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
-                  const RowSlope& slope, int64_t action, void* out);
+// Statistics of one row of any type, by up to `threads` threads (the bits do not depend on it).
+RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy,
+                   int threads = 1);
+
+// The same in parts, for threads that share a row: tiles [first, last), one entry each …
+void tile_stats(const void* z, DType dtype, int64_t n, double temperature, bool with_entropy,
+                int64_t first, int64_t last, RowStats* tiles);
+// … and all of them together, in index order.
+RowStats combine(const RowStats* tiles, int64_t count, DType dtype, double temperature);
+
+// The gradient of tiles [first, last); `action` may lie in any tile, or be −1. `stream`: the
+// gradient is too large to be found in a cache later, so write around it.
+void tile_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
+                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, bool stream,
+                   void* out);
 // Fills [from, to) of a row.
 void row_fill(void* out, DType dtype, int64_t from, int64_t to, float value);
 double row_at(const void* z, DType dtype, int64_t i);
@@ -76,13 +94,16 @@ double row_at(const void* z, DType dtype, int64_t i);
 // The row operations of one instruction set, indexed by DType (float32, float16, bfloat16).
 struct RowKernels {
   const char* name;
-  RowStats (*stats[3])(const void* z, int64_t n, float c, bool with_entropy);
-  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, void* out);
+  // Tiles of n elements in all, the last one perhaps short.
+  void (*stats[3])(const void* z, int64_t n, float c, bool with_entropy, RowStats* tiles);
+  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, bool stream,
+                      void* out);
   // The row as float32.
   void (*widen[3])(const void* z, int64_t n, float* out);
   // Maximum of every 64 elements.
   void (*group_max)(const float* z, int64_t n, float* out);
-  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read.
+  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read. Up to 16
+  // entries beyond the last index may be written.
   int64_t (*select)(const float* z, int64_t n, const float* group_max, float threshold,
                     int32_t* out);
   // w_i = floor(2^44 · 2^y_i), y_i = (z_i − m)·c: the exact mass of the sampler.

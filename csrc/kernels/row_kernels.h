@@ -9,137 +9,117 @@
 namespace pyrlk {
 namespace {
 
-constexpr int kWidth = 16;
-constexpr int kVecs = kLanes / kWidth;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-// Calls body(offset, vectors) for every group of 64 elements of z[0, n); lanes past the end are
-// −inf.
+// Calls body(offset, group) for every group of 64 elements of z[0, n); lanes past the end are −inf.
 template <class T, class Body>
 inline void for_groups(const T* z, int64_t n, Body body) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Vec v[kVecs];
-    for (int k = 0; k < kVecs; ++k) v[k] = load(z + i + k * kWidth);
-    body(i, v);
-  }
+  for (; i + kLanes <= n; i += kLanes) body(i, load_group(z + i));
   if (i < n) {
-    float rest[kLanes];
-    std::fill_n(rest, kLanes, kNegInf);
-    for (int64_t j = i; j < n; ++j) rest[j - i] = to_float(z[j]);
-    Vec v[kVecs];
-    for (int k = 0; k < kVecs; ++k) v[k] = load(rest + k * kWidth);
-    body(i, v);
+    T rest[kLanes], end;
+    from_float(kNegInf, &end);
+    std::fill(std::copy(z + i, z + n, rest), rest + kLanes, end);
+    body(i, load_group(rest));
   }
 }
 
-inline double sum_lanes(const Vec (&acc)[kVecs]) {
+template <class T>
+inline double sum_lanes(const Group& acc, const T* type) {
   float x[kLanes];
-  for (int k = 0; k < kVecs; ++k) store(x + k * kWidth, acc[k]);
+  in_order(acc, type, x);
   double r[8] = {};
   for (int i = 0; i < kLanes; ++i) r[i & 7] += x[i];
   return ((r[0] + r[4]) + (r[2] + r[6])) + ((r[1] + r[5]) + (r[3] + r[7]));
 }
 
-inline float max_lanes(const Vec (&acc)[kVecs]) {
+inline float max_lanes(const Group& acc) {
   float x[kWidth];
-  store(x, max(max(acc[0], acc[1]), max(acc[2], acc[3])));
-  return *std::max_element(x, x + kWidth);
+  store(x, max(max(acc.v[0], acc.v[1]), max(acc.v[2], acc.v[3])));
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  }
+  return x[0] + 0.0f;  // one zero, whichever came first
 }
 
+inline Group splat_group(float x) { return {{splat(x), splat(x), splat(x), splat(x)}}; }
+
 template <class T, bool kEntropy>
-RowStats tile_stats(const T* z, int64_t n, Vec c) {
-  Vec top[kVecs];
-  Mask bad = nothing();
-  for (Vec& v : top) v = splat(kNegInf);
-  for_groups(z, n, [&](int64_t, const Vec(&v)[kVecs]) {
-    for (int k = 0; k < kVecs; ++k) {
-      top[k] = max(v[k], top[k]);  // a NaN loses the comparison
-      bad = bad | is_nan(v[k]);
-    }
+RowStats stats_of_tile(const T* z, int64_t n, Vec c) {
+  Group top = splat_group(kNegInf);
+  Mask ordered[2] = {everything(), everything()};
+  for_groups(z, n, [&](int64_t, const Group& g) {
+    for (int k = 0; k < kVecs; ++k) top.v[k] = max(g.v[k], top.v[k]);  // a NaN loses the comparison
+    for (int k = 0; k < 2; ++k) ordered[k] = and_ordered(ordered[k], g.v[2 * k], g.v[2 * k + 1]);
   });
-  const float highest = max_lanes(top);
   RowStats s;
+  const float highest = max_lanes(top);
   s.max = highest;
-  s.nan = bits(bad) != 0;
+  s.nan = (bits(ordered[0]) & bits(ordered[1])) != bits(everything());
   const Vec m = splat(highest);
-  Vec sum[kVecs], energy[kVecs];
-  for (int k = 0; k < kVecs; ++k) sum[k] = energy[k] = splat(0.0f);
-  for_groups(z, n, [&](int64_t, const Vec(&v)[kVecs]) {
+  Group sum = splat_group(0.0f), energy = sum;
+  for_groups(z, n, [&](int64_t, const Group& g) {
     for (int k = 0; k < kVecs; ++k) {
-      const Vec y = exponent(v[k], m, c);
-      const Vec e = exp2(y);
-      sum[k] = sum[k] + e;
-      if (kEntropy) energy[k] = energy[k] + e * y;
+      const Vec y = exponent(g.v[k], m, c);
+      const Vec e = exp2<Fused>(y);
+      sum.v[k] = sum.v[k] + e;
+      if (kEntropy) energy.v[k] = fma(e, y, energy.v[k]);
     }
   });
-  s.sum = sum_lanes(sum);
-  if (kEntropy) s.energy = sum_lanes(energy);
+  s.sum = sum_lanes(sum, z);
+  if (kEntropy) s.energy = sum_lanes(energy, z);
   return s;
 }
 
-// Two parts of a row, in index order. A part without finite logits has sum 0 and changes nothing.
-inline RowStats combine(const RowStats& a, const RowStats& b, double c) {
-  RowStats r;
-  r.max = std::max(a.max, b.max);
-  r.nan = a.nan || b.nan;
-  for (const RowStats* part : {&a, &b}) {
-    if (part->sum == 0.0) continue;
-    const double shift = (part->max - r.max) * c;
-    const double scale = shift == 0.0 ? 1.0 : std::exp2(shift);
-    if (scale == 0.0) continue;
-    r.sum += scale * part->sum;
-    r.energy += scale * (part->energy + shift * part->sum);
-  }
-  return r;
-}
-
-template <class T, bool kEntropy>
-RowStats row_stats(const T* z, int64_t n, float c) {
+template <class T>
+void stats(const void* z, int64_t n, float c, bool with_entropy, RowStats* tiles) {
   const Vec scale = splat(c);
-  RowStats total;
   for (int64_t i = 0; i < n; i += kTile) {
-    const RowStats tile = tile_stats<T, kEntropy>(z + i, std::min(kTile, n - i), scale);
-    total = i == 0 ? tile : combine(total, tile, c);
+    const T* tile = static_cast<const T*>(z) + i;
+    const int64_t size = std::min(kTile, n - i);
+    tiles[i / kTile] = with_entropy ? stats_of_tile<T, true>(tile, size, scale)
+                                    : stats_of_tile<T, false>(tile, size, scale);
   }
-  return total;
 }
 
 template <class T>
-RowStats stats(const void* z, int64_t n, float c, bool with_entropy) {
-  const T* row = static_cast<const T*>(z);
-  return with_entropy ? row_stats<T, true>(row, n, c) : row_stats<T, false>(row, n, c);
-}
+struct GradientExp {
+  using Form = Fused;
+};
+template <>
+struct GradientExp<BFloat16> {
+  using Form = Rough;
+};
 
-template <class T, bool kEntropy>
+template <class T, bool kEntropy, bool kStream>
 void gradient_row(const T* z, int64_t n, Vec c, Vec m, Vec k1, Vec k2, T* out) {
-  for_groups(z, n, [&](int64_t i, const Vec(&v)[kVecs]) {
-    Vec g[kVecs];
+  for_groups(z, n, [&](int64_t i, const Group& logits) {
+    Group g;
     for (int k = 0; k < kVecs; ++k) {
-      const Vec y = exponent(v[k], m, c);
-      const Vec e = exp2(y);
-      g[k] = kEntropy ? e * (k1 + k2 * y) : e * k1;
+      const Vec y = exponent(logits.v[k], m, c);
+      const Vec e = exp2<typename GradientExp<T>::Form>(y);
+      g.v[k] = e * (kEntropy ? fma(k2, y, k1) : k1);
     }
     if (i + kLanes <= n) {
-      for (int k = 0; k < kVecs; ++k) store(out + i + k * kWidth, g[k]);
+      store_group<kStream>(out + i, g);
     } else {
-      float rest[kLanes];
-      for (int k = 0; k < kVecs; ++k) store(rest + k * kWidth, g[k]);
-      for (int64_t j = i; j < n; ++j) from_float(rest[j - i], out + j);
+      T rest[kLanes];
+      store_group<false>(rest, g);
+      std::copy_n(rest, n - i, out + i);
     }
   });
+  if (kStream) stream_end();
 }
 
 template <class T>
-void gradient(const void* z, int64_t n, float c, float m, float k1, float k2, void* out) {
-  const T* row = static_cast<const T*>(z);
-  T* target = static_cast<T*>(out);
-  const Vec vc = splat(c), vm = splat(m), v1 = splat(k1), v2 = splat(k2);
-  if (k2 != 0.0f) {
-    gradient_row<T, true>(row, n, vc, vm, v1, v2, target);
-  } else {
-    gradient_row<T, false>(row, n, vc, vm, v1, v2, target);
-  }
+void gradient(const void* z, int64_t n, float c, float m, float k1, float k2, bool stream,
+              void* out) {
+  const bool on_line = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const auto body =
+      k2 != 0.0f ? stream && on_line ? gradient_row<T, true, true> : gradient_row<T, true, false>
+      : stream && on_line ? gradient_row<T, false, true>
+                          : gradient_row<T, false, false>;
+  body(static_cast<const T*>(z), n, splat(c), splat(m), splat(k1), splat(k2), static_cast<T*>(out));
 }
 
 template <class T>
@@ -151,9 +131,9 @@ void widen_row(const void* z, int64_t n, float* out) {
 }
 
 void group_max(const float* z, int64_t n, float* out) {
-  for_groups(z, n, [&](int64_t i, const Vec(&v)[kVecs]) {
-    Vec top[kVecs];
-    for (int k = 0; k < kVecs; ++k) top[k] = max(v[k], splat(kNegInf));
+  for_groups(z, n, [&](int64_t i, const Group& g) {
+    Group top;
+    for (int k = 0; k < kVecs; ++k) top.v[k] = max(g.v[k], splat(kNegInf));
     out[i / kLanes] = max_lanes(top);
   });
 }
@@ -163,11 +143,9 @@ int64_t select_row(const float* z, int64_t n, const float* highest, float thresh
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
     if (!(highest[i / kLanes] >= threshold)) continue;
-    for_groups(z + i, std::min<int64_t>(kLanes, n - i), [&](int64_t, const Vec(&v)[kVecs]) {
+    for_groups(z + i, std::min<int64_t>(kLanes, n - i), [&](int64_t, const Group& g) {
       for (int k = 0; k < kVecs; ++k) {
-        for (uint32_t hit = bits(at_least(v[k], limit)); hit != 0; hit &= hit - 1) {
-          out[count++] = int32_t(i + k * kWidth + __builtin_ctz(hit));
-        }
+        count += store_lanes(out + count, at_least(g.v[k], limit), int32_t(i + k * kWidth));
       }
     });
   }
@@ -175,18 +153,20 @@ int64_t select_row(const float* z, int64_t n, const float* highest, float thresh
 }
 
 // 2^44 · 2^y is exact in float32, so that the truncating conversion is the floor.
-inline void group_masses(const Vec (&v)[kVecs], Vec c, Vec m, uint64_t* out) {
+inline void group_masses(const Group& g, Vec c, Vec m, uint64_t* out) {
   const Vec unit = splat(17592186044416.0f);
   float w[kLanes];
-  for (int k = 0; k < kVecs; ++k) store(w + k * kWidth, exp2(exponent(v[k], m, c)) * unit);
+  for (int k = 0; k < kVecs; ++k) {
+    store(w + k * kWidth, exp2<Separate>(exponent(g.v[k], m, c)) * unit);
+  }
   for (int k = 0; k < kLanes; ++k) out[k] = uint64_t(int64_t(w[k]));
 }
 
 void masses(const float* z, int64_t n, float c, float m, uint64_t* out) {
   const Vec vc = splat(c), vm = splat(m);
-  for_groups(z, n, [&](int64_t i, const Vec(&v)[kVecs]) {
+  for_groups(z, n, [&](int64_t i, const Group& g) {
     uint64_t w[kLanes];
-    group_masses(v, vc, vm, w);
+    group_masses(g, vc, vm, w);
     std::copy_n(w, std::min<int64_t>(kLanes, n - i), out + i);
   });
 }
@@ -196,9 +176,9 @@ uint64_t tile_masses(const float* z, int64_t n, float c, float m, uint64_t* out)
   uint64_t total = 0;
   for (int64_t t = 0; t * kTile < n; ++t) {
     uint64_t sum[kLanes] = {};
-    for_groups(z + t * kTile, std::min(kTile, n - t * kTile), [&](int64_t, const Vec(&v)[kVecs]) {
+    for_groups(z + t * kTile, std::min(kTile, n - t * kTile), [&](int64_t, const Group& g) {
       uint64_t w[kLanes];
-      group_masses(v, vc, vm, w);
+      group_masses(g, vc, vm, w);
       for (int k = 0; k < kLanes; ++k) sum[k] += w[k];
     });
     out[t] = 0;

@@ -8,6 +8,10 @@ namespace pyrlk {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
+inline int64_t item_size(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+
 struct Half {
   uint16_t bits;
 };

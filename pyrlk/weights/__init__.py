@@ -4,9 +4,10 @@
     publisher = Publisher(Local(path))                 receiver = Receiver(model, path)
     publisher.update(model, version=1)   ── handle ──▶ receiver.poll()    # between two rollouts
 
-layout (tensors → buckets) · memory (staging, handles) · wire (frames) · publisher · receiver
+gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames) · publisher · receiver
 """
 
+from . import gather
 from .errors import (
     ApplyFailed,
     Busy,
@@ -51,4 +52,5 @@ __all__ = [
     "Unsupported",
     "UpdateError",
     "UpdateReport",
+    "gather",
 ]

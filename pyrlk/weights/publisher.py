@@ -15,20 +15,18 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from . import gather, memory, wire
 from . import layout as layouts
-from . import memory, wire
 from .errors import EngineDirty, PeerLost, Timeout, Unsupported, UpdateError
+from .source import ModuleState, NamedTensors, Source
 from .wire import Frame, Type
-
-NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | nn.Module
-
 
 SELECTORS = ("all", "target", "draft")
 
@@ -57,9 +55,7 @@ class Session(Protocol):
         self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
     ) -> None: ...
     def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
-    def send(
-        self, layout: layouts.Layout, tensors: list[tuple[str, Tensor]], verify: bool, clock: Clock
-    ) -> wire.Applied: ...
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...
     def outcome(self, layout: layouts.Layout) -> Outcome: ...
     def close(self) -> None: ...  # politely
     def abandon(self) -> None: ...  # at once
@@ -178,11 +174,13 @@ class Publisher:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
-        self._layout: tuple[list[layouts.Spec], layouts.Layout] | None = None
+        self._plan: Plan | None = None  # of the last update
+        self._module: gather.Checkpoint | ModuleState | None = None
         self._boot: bytes | None = None  # of the engine that took our last update
         self._holder: list[Session] = []  # at most one; shared with the finalizer
         self._finalizer = weakref.finalize(self, _close_sessions, self._holder, self._pid)
 
+    @torch.no_grad()
     def update(
         self,
         named_tensors: NamedTensors,
@@ -196,7 +194,8 @@ class Publisher:
         Parameters
         ----------
         named_tensors : mapping, iterable of (name, tensor), or nn.Module
-            A module stands for its `state_dict()`. Tensors that share memory are sent once.
+            A module stands for its `state_dict()`, a transformers model for `gather.hf(module)`:
+            the names of its checkpoint. Tensors that share memory are sent once.
         version : int
             Must rise from update to update.
         partial : bool
@@ -221,9 +220,8 @@ class Publisher:
         with self._lock:
             self._check_usable()
             clock = Clock()
-            tensors = _collect(named_tensors)
-            device = memory.placement(tensors)
-            layout = self._plan(tensors)
+            plan = self._plan_of(named_tensors)
+            layout = plan.layout
             clock.lap("plan")
             session = self._connected()
             clock.lap("connect")
@@ -234,15 +232,17 @@ class Publisher:
             try:
                 session.begin(layout, version, partial, self._verify, selector)
                 clock.lap("check")
-                session.stage(layout, device, self._buffers)
+                session.stage(layout, plan.device, self._buffers)
                 clock.lap("stage")
-                applied = session.send(layout, tensors, self._verify, clock)
+                applied = session.send(plan, self._verify, clock)
             except BaseException as error:
                 if not session.settled:
                     self._drop(session)
                 if isinstance(error, PeerLost | Timeout):
                     error.dirty = session.handed_over  # nobody is left to ask
                 raise
+            finally:
+                plan.forget_tensors()
             self._boot = session.boot
             clock.seconds["verify"] = applied.verify_seconds
             clock.seconds["copy"] = applied.copy_seconds
@@ -266,11 +266,19 @@ class Publisher:
         if os.getpid() != self._pid:
             raise RuntimeError("a Publisher cannot be used in a forked child: make one there")
 
-    def _plan(self, tensors: list[tuple[str, Tensor]]) -> layouts.Layout:
-        specs = _specs(tensors)
-        if self._layout is None or self._layout[0] != specs:
-            self._layout = specs, layouts.plan(specs, self._bucket_bytes)
-        return self._layout[1]
+    def _plan_of(self, named_tensors: NamedTensors) -> Plan:
+        if isinstance(named_tensors, nn.Module):
+            if self._module is None or not self._module.of(named_tensors):
+                known = gather.is_hf(named_tensors)
+                self._module = (gather.Checkpoint if known else ModuleState)(named_tensors)
+            named_tensors = self._module.tensors()
+        source = Source(named_tensors)
+        if self._plan is not None and source.fits(self._plan.source):
+            self._plan.take(source)
+        else:
+            self._plan = None
+            self._plan = Plan(source, self._bucket_bytes)
+        return self._plan
 
     def _connected(self) -> Session:
         if self._holder and not self._holder[0].alive():
@@ -301,6 +309,34 @@ class Publisher:
             mode=outcome.mode,
             names_from=outcome.names_from,
         )
+
+
+class Plan:
+    """What stays from update to update: the layout, and each bucket's copies but for addresses."""
+
+    def __init__(self, source: Source, bucket_bytes: int):
+        source.note()
+        self.source = source
+        self.device = source.placement()
+        self.layout = layouts.plan(source.specs(), bucket_bytes)
+        entries = self.layout.entries
+        self.copies = [
+            memory.Copies([(source.tensors[i], entries[i].offset) for i in pieces])
+            for pieces in self.layout.pieces
+        ]
+
+    def take(self, source: Source) -> None:
+        """Another update of the same form."""
+        self.source.take(source)
+        for copies, pieces in zip(self.copies, self.layout.pieces, strict=True):
+            addresses = [source.addresses[i] for i in pieces]
+            copies.refill([source.tensors[i] for i in pieces], addresses)
+
+    def forget_tensors(self) -> None:
+        """Between updates no tensor of the trainer is kept alive."""
+        self.source.forget_tensors()
+        for copies in self.copies:
+            copies.clear()
 
 
 class _Session:
@@ -396,24 +432,17 @@ class _Session:
         finally:
             self._ring = memory.Ring(segments)
 
-    def send(
-        self,
-        layout: layouts.Layout,
-        tensors: list[tuple[str, Tensor]],
-        verify: bool,
-        clock: Clock,
-    ) -> wire.Applied:
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         """Pack and hand over every bucket; returns when the receiver serves the new version."""
         threads = torch.get_num_threads()
-        for bucket, pieces in enumerate(layout.pieces):
+        for bucket, copies in enumerate(plan.copies):
             slot = self._ring.free_slot()
             while slot is None:
                 self._await_ack()
                 slot = self._ring.free_slot()
             clock.lap("wait")
             slot.fill()
-            sources = [(tensors[i][1], layout.entries[i].offset) for i in pieces]
-            sums = slot.segment.pack(sources, checksum=verify, threads=threads)
+            sums = slot.segment.pack(copies, checksum=verify, threads=threads)
             slot.segment.finish()
             slot.ready()
             message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums))
@@ -488,58 +517,6 @@ class Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self._start
-
-
-def _collect(named_tensors: NamedTensors) -> list[tuple[str, Tensor]]:
-    """Names and tensors, each checked; nothing is copied."""
-    if isinstance(named_tensors, Tensor | str | bytes):
-        raise TypeError(
-            "named_tensors must be a mapping, an iterable of (name, tensor) or a module, got "
-            f"{type(named_tensors).__name__}"
-        )
-    out: list[tuple[str, Tensor]] = []
-    seen: set[str] = set()
-    for name, tensor in _pairs(named_tensors):
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"named_tensors: {name!r} is a {type(tensor).__name__}, wanted a str and a Tensor"
-            )
-        if name in seen:
-            raise ValueError(f"named_tensors: {name!r} comes twice")
-        seen.add(name)
-        if hasattr(tensor, "full_tensor"):
-            raise Unsupported(f"{name!r} is a DTensor: pass tensor.full_tensor()")
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
-            kind = "meta" if tensor.device.type == "meta" else str(tensor.layout)
-            raise Unsupported(f"{name!r} is a {kind} tensor: pass a dense one with data")
-        if not layouts.supported(tensor.dtype):
-            raise Unsupported(f"{name!r} has dtype {tensor.dtype}, which has no code on the wire")
-        out.append((name, tensor.detach()))
-    return out
-
-
-def _pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(named_tensors, nn.Module):
-        named_tensors = named_tensors.state_dict()
-    if isinstance(named_tensors, Mapping):
-        yield from named_tensors.items()
-        return
-    for item in named_tensors:
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise TypeError(f"named_tensors must yield (name, tensor), got {item!r:.80}")
-        yield item[0], item[1]
-
-
-def _specs(tensors: list[tuple[str, Tensor]]) -> list[layouts.Spec]:
-    """Specs with aliases: the same memory, read the same way, is sent once."""
-    owners: dict[tuple, int] = {}
-    specs = []
-    for index, (name, tensor) in enumerate(tensors):
-        shape = tuple(tensor.shape)
-        key = (tensor.device, tensor.data_ptr(), shape, tensor.stride(), tensor.dtype)
-        owner = owners.setdefault(key, index) if tensor.numel() else index
-        specs.append(layouts.Spec(name, shape, tensor.dtype, None if owner == index else owner))
-    return specs
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -17,6 +17,7 @@ import select
 import socket
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -428,7 +429,10 @@ def verify(
         return
     sent = dict(zip(layout.pieces[bucket.bucket], bucket.sums, strict=True))
     pieces = [layout.entries[i] for i in indices]
-    sums = segment.sums([(e.offset, e.nbytes) for e in pieces], threads=threads)
+    ranges = array("Q", [number for e in pieces for number in (e.offset, e.nbytes)])
+    if len(pieces) == len(sent):
+        ranges = layout.ranges[bucket.bucket]
+    sums = segment.sums(ranges, threads=threads)
     for index, entry, got in zip(indices, pieces, sums, strict=True):
         if sent[index] != got:
             raise mismatch(entry, sent[index], got, "arrived")

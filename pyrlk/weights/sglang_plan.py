@@ -22,7 +22,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
@@ -34,7 +33,7 @@ from .errors import (
     Timeout,
     UpdateError,
 )
-from .publisher import Clock, Outcome
+from .publisher import Clock, Outcome, Plan
 from .sglang import ServerSession, SGLang
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
@@ -86,22 +85,15 @@ class PlanSession(ServerSession):
                 self._hang_up()
                 raise
 
-    def send(
-        self,
-        layout: layouts.Layout,
-        tensors: list[tuple[str, Tensor]],
-        verify: bool,
-        clock: Clock,
-    ) -> wire.Applied:
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         threads = torch.get_num_threads()
         try:
             with self._undoing(self._previous):
-                for bucket, pieces in enumerate(layout.pieces):
+                for bucket, copies in enumerate(plan.copies):
                     slot = self._free_slot()
                     clock.lap("load")
                     slot.fill()
-                    sources = [(tensors[i][1], layout.entries[i].offset) for i in pieces]
-                    sums = slot.segment.pack(sources, checksum=verify, threads=threads)
+                    sums = slot.segment.pack(copies, checksum=verify, threads=threads)
                     slot.segment.finish()
                     slot.ready()
                     clock.lap("pack")

@@ -164,7 +164,7 @@ def corrupt_bucket(monkeypatch, number: int) -> None:
     def pack(self, sources, **kwargs):
         sums = packed(self, sources, **kwargs)
         if next(count) == number:
-            self.flat[sources[-1][1]] ^= 4
+            self.flat[sources.offsets[-1]] ^= 4
         return sums
 
     monkeypatch.setattr(memory.Segment, "pack", pack)

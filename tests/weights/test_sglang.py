@@ -318,9 +318,9 @@ def test_a_restarted_server_is_planned_anew():
 
 
 def test_nobody_there():
-    with weights.Publisher(weights.SGLang("http://127.0.0.1:9"), timeout=0.3) as p:
-        with pytest.raises(weights.PeerLost):
-            p.update(Fused.checkpoint(0), version=1)
+    engine = weights.SGLang("http://127.0.0.1:9")
+    with weights.Publisher(engine, timeout=0.3) as p, pytest.raises(weights.PeerLost):
+        p.update(Fused.checkpoint(0), version=1)
 
 
 def test_what_cannot_be_planned_says_why():
