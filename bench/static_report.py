@@ -55,7 +55,8 @@ _POINTERS = (
     | dict.fromkeys(_INT32, "*i32")
     | {"offsets_ptr": "*i64", "bits_ptr": "*i32", "status_ptr": "*u8"}
 )
-_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr", "spans_ptr", "list_ptr")
+_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+_SCRATCH = ("spans_ptr", "list_ptr")  # some of a row's logits
 
 _FREE = {"allowed_ptr": None}
 _SEARCH = _FREE | {"BLOCK": sample.CHUNK}
@@ -154,7 +155,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
-        elif name in _LOGITS:
+        elif name in _LOGITS + _SCRATCH:
             signature[name] = f"*{dtype}"
             if aligned:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
