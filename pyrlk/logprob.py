@@ -63,7 +63,7 @@ def token_logprobs(
     vocab = _check.vocab_size(vocab_size, z)
     with_entropy = _check.flag("return_entropy", return_entropy)
     rows = Rows(tokens, *_support.check(support, z, shape), number, per_token, vocab)
-    logprob, entropy, _ = _token_logprobs(z, *rows, with_entropy)
+    logprob, entropy, _ = score(z, *rows, with_entropy, False)
     return (logprob, entropy) if with_entropy else logprob
 
 
@@ -168,15 +168,18 @@ def _gradient_cuda(logits, at: Actions, stats, g, h, grad) -> None:
 gradient = _op.by_device(cpu=_gradient_cpu, cuda=_gradient_cuda)
 
 
-def _forward_fake(logits, rows, with_entropy):
+def _score_fake(logits, rows, with_entropy, inplace):
     return _outputs(logits, with_entropy)
 
 
-@_op.op("token_logprobs", fake=_forward_fake)
-def _token_logprobs(
-    logits: Tensor, rows: Rows, with_entropy: bool
+@_op.op("token_logprobs", fake=_score_fake)
+def score(
+    logits: Tensor, rows: Rows, with_entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, entropy or empty, row statistics (m, S, E, z_a))."""
+    """(logprob, entropy or empty, row statistics (m, S, E, z_a)).
+
+    With `inplace` its backward, not this, writes the gradient over the logits.
+    """
     logprob, entropy, stats = _outputs(logits, with_entropy)
     at = rows.flat(stats.dtype)
     if logits.device.type == "cpu":
@@ -184,6 +187,11 @@ def _token_logprobs(
         _support.check_values(at.kept, at.vocab)
     statistics(logits, at, logprob, entropy if with_entropy else None, stats)
     return logprob, entropy, stats
+
+
+def _backward_rows(logits, rows: Rows, stats, g, h, grad) -> None:
+    g, h = _op.flat(g, stats.dtype), _op.flat(h, stats.dtype)
+    gradient(logits, rows.flat(stats.dtype), stats, g, h, grad)
 
 
 def _backward_fake(logits, rows, stats, g, h):
@@ -196,26 +204,46 @@ def _token_logprobs_backward(
 ) -> Tensor:
     """∂ℓ/∂logits from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H."""
     grad = _op.empty_gradient(logits)
-    g, h = _op.flat(g, stats.dtype), _op.flat(h, stats.dtype)
-    gradient(logits, rows.flat(stats.dtype), stats, g, h, grad)
+    _backward_rows(logits, rows, stats, g, h, grad)
     return grad
 
 
+@_op.op("token_logprobs_backward_", fake=_op.mutates_only, mutates=("logits",))
+def _token_logprobs_backward_(
+    logits: Tensor, rows: Rows, stats: Tensor, g: Tensor | None, h: Tensor | None
+) -> None:
+    """The same; the gradient takes the place of the logits."""
+    _backward_rows(logits, rows, stats, g, h, logits)
+
+
 def _setup(ctx, inputs, output):
-    rows = Rows(*inputs[1:-1])
+    rows = Rows(*inputs[1:7])
     tensors = rows.tokens, rows.ids, rows.offsets, rows.temperatures
     ctx.save_for_backward(inputs[0], *tensors, output[2])
-    ctx.temperature, ctx.vocab, ctx.with_entropy = rows.temperature, rows.vocab, inputs[-1]
+    ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
+    ctx.with_entropy, ctx.inplace = inputs[7:]
+    ctx.spent = False
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, h, _stats):
     if g is None and h is None:
-        return (None,) * 8
+        return (None,) * 9
+    if ctx.spent:
+        raise RuntimeError(
+            "second backward through the same pyrlk loss: the first wrote over its logits"
+        )
     logits, tokens, ids, offsets, temperatures, stats = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
-    grad = _token_logprobs_backward(logits, *rows, stats, g, h if ctx.with_entropy else None)
-    return (grad, *(None,) * 7)
+    h = h if ctx.with_entropy else None
+    if not ctx.inplace:
+        return (_token_logprobs_backward(logits, *rows, stats, g, h), *(None,) * 8)
+    if torch.is_grad_enabled():
+        raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
+    ctx.spent = True
+    grad = logits.detach()
+    _token_logprobs_backward_(grad, *rows, stats, g, h)
+    return (grad, *(None,) * 8)
 
 
 def _no_double_backward(ctx, *_grads):
@@ -224,5 +252,5 @@ def _no_double_backward(ctx, *_grads):
     )
 
 
-_token_logprobs.register_autograd(_backward, setup_context=_setup)
+score.register_autograd(_backward, setup_context=_setup)
 _token_logprobs_backward.register_autograd(_no_double_backward)

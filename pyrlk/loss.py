@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, _check, _op, _plan
+from . import _C, _check, _op, _plan, logprob
 from . import support as _support
 from ._plan import Inputs, Options, Plan, PolicyStats
 from .from_logprobs import two_launches
-from .logprob import token_logprobs
 from .objective import DAPO, REINFORCE, TIS, Objective
 from .support import Support
 
@@ -118,7 +117,8 @@ def policy_loss(
         Replaces Σ mask, or the number of sequences: see `pyrlk.normalizer`.
     inplace : bool
         Write the gradient over the logits: no [T, V] memory. They must not be a leaf that requires
-        grad.
+        grad. REINFORCE to DAPO write in this call, the other objectives and callables in backward,
+        which refuses logits that were modified in between. Without a gradient nothing is written.
     return_stats : bool
 
     Returns
@@ -164,14 +164,8 @@ def policy_loss(
     if not _plan.one_launch(options):
 
         def score(ids):
-            return token_logprobs(
-                z,
-                ids,
-                temperature=temperature,
-                support=support,
-                vocab_size=vocab,
-                return_entropy=True,
-            )
+            rows = logprob.Rows(ids, *kept, *tau, vocab)
+            return logprob.score(z, *rows, True, inplace)[:2]
 
         return two_launches(score, tokens, options)
 

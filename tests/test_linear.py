@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyrlk
 from pyrlk import _head, linear, reference
+from pyrlk import support as support_module
 
 # One launch: REINFORCE to DAPO. Two passes: the others, GSPO and GMPO across whole sequences.
 FUSED = [
@@ -135,8 +136,17 @@ def cases(draw, dtypes=(torch.float32, torch.float64), objectives=(*FUSED, *TWO_
     if draw(st.booleans()):
         tis = pyrlk.TIS(draw(st.sampled_from(["token", "sequence"])), "mask", 1.2)
         options |= {"correction": tis, "rollout_logprobs": lp + 0.2 * torch.randn(shape)}
+    if draw(st.booleans()):
+        options["support"] = kept_sets(tokens, size or vocab)
     old = lp + 0.3 * torch.randn(shape) if draw(st.booleans()) else None
     return inputs, (tokens, old, adv, mask), options
+
+
+def kept_sets(tokens, vocab):
+    """A random kept set for every token, which is in it."""
+    chosen = torch.rand(tokens.numel(), vocab) < 0.4
+    chosen.scatter_(1, tokens.reshape(-1, 1).clamp(min=0), True)
+    return pyrlk.Support.from_mask(chosen)
 
 
 @settings(max_examples=120)
@@ -479,6 +489,82 @@ def test_backward_scales_and_happens_once():
         slope.sum().backward()
 
 
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
+def test_a_support_of_the_whole_vocabulary_changes_no_bit(objective):
+    inputs, arguments = example()
+    everything = pyrlk.Support.from_mask(torch.ones(SHAPE[0], SHAPE[2], dtype=torch.bool))
+    options = {"objective": objective, "entropy_coef": 0.1, "chunk": 8}
+    loss, want = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
+    options["support"] = everything
+    again, got = gradients(pyrlk.linear_policy_loss, inputs, arguments, options)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_columns_outside_every_support_count_for_nothing(objective, softcap):
+    """They may hold anything, and their rows of the weight get no gradient."""
+    inputs, (tokens, *rest) = example()
+    tokens = tokens % 300
+    support = kept_sets(tokens, 300)
+    options = {"objective": objective, "softcap": softcap, "chunk": 20, "entropy_coef": 0.1}
+    options["support"] = support
+    loss, want = gradients(pyrlk.linear_policy_loss, inputs, (tokens, *rest), options)
+    weight = inputs["weight"].detach().clone()
+    weight[300:] = 7.0
+    inputs["weight"] = weight.requires_grad_()
+    again, got = gradients(pyrlk.linear_policy_loss, inputs, (tokens, *rest), options)
+    torch.testing.assert_close(loss, again)
+    assert_close(got, [x.double() for x in want], 1e-6)
+    assert got[1][300:].eq(0).all()
+
+
+def test_rows_that_are_dropped_take_their_kept_sets_with_them():
+    """Under -100, a mask and no advantage the rest reads its own sets, whatever theirs hold."""
+    inputs, (tokens, old, adv, mask) = example()
+    support = kept_sets(tokens, SHAPE[2])
+    lists = support.rows()
+    masked = [0, 6, 95]
+    for row in masked:
+        lists[row] = []
+    tokens[masked[0]], mask[masked[1:]] = -100, False
+    lists[5], adv[5] = [int(tokens[5])], 0.0
+    emptied = pyrlk.Support.from_lists(lists)
+    results = []
+    for kept in (support, emptied):
+        loss, grads = gradients(
+            pyrlk.linear_policy_loss, inputs, (tokens, old, adv, mask), {"support": kept}
+        )
+        results.append((loss, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_set_outside_the_ids_is_empty_when_rows_are_gathered():
+    """What the CPU refuses and CUDA must survive: the sets of the other rows stay whole."""
+    ids = torch.arange(8, dtype=torch.int32)
+    broken = pyrlk.Support(ids, torch.tensor([0, 3, 2, 7, 99, 8]))
+    lists = support_module.take(broken, torch.tensor([4, 0, 1, 3, 2])).rows()
+    assert lists == [[], [0, 1, 2], [], [], [2, 3, 4, 5, 6]]
+    part = support_module.take(broken, slice(2, 3))
+    assert part.offsets.tolist() == [2, 7]
+    assert part.ids is ids
+
+
+def test_a_token_outside_its_support_is_an_error_with_its_own_index():
+    inputs, (tokens, old, adv, _) = example()
+    leaves = inputs["hidden"], inputs["weight"]
+    lists = kept_sets(tokens, SHAPE[2]).rows()
+    lists[90].remove(int(tokens[90]))
+    support = pyrlk.Support.from_lists(lists)
+    adv[:50] = 0.0  # dropped before row 90
+    message = rf"tokens\[90\] = {tokens[90]} is outside its support"
+    with pytest.raises(ValueError, match=message):
+        pyrlk.linear_policy_loss(*leaves, tokens, old, adv, support=support, chunk=7)
+    with pytest.raises(ValueError, match=message):
+        pyrlk.linear_token_logprobs(*leaves, tokens, support=support, chunk=7)
+
+
 def test_autocast_does_not_reach_the_products():
     inputs, arguments = example()
     want = gradients(pyrlk.linear_policy_loss, inputs, arguments, {})
@@ -663,6 +749,14 @@ HEAD_ERRORS = [
     ({"vocab_size": 12}, ValueError, "vocab_size"),
     ({"vocab_size": 0}, ValueError, "vocab_size"),
     ({"vocab_size": 5}, ValueError, r"tokens\[5\] = 5 is outside \[0, 5\)"),
+    ({"support": [[1]] * 6}, TypeError, "support"),
+    ({"support": pyrlk.Support.from_lists([range(11)] * 5)}, ValueError, "support.offsets"),
+    ({"support": pyrlk.Support(IDS, torch.arange(7))}, TypeError, "support.ids"),
+    ({"support": pyrlk.Support(IDS.int(), torch.arange(7).int())}, TypeError, "support.offsets"),
+    ({"support": pyrlk.Support(IDS.int(), torch.arange(7) + 1)}, ValueError, "support.offsets"),
+    ({"support": pyrlk.Support(IDS.int().to("meta"), torch.arange(7))}, TypeError, "support.ids"),
+    ({"support": pyrlk.Support(IDS.int() + 6, torch.arange(7))}, ValueError, r"support.ids\[5\]"),
+    ({"support": pyrlk.Support.from_lists([[0]] * 6)}, ValueError, r"tokens\[1\] = 1 is outside i"),
 ]
 LOSS_ERRORS = [
     ({"old_logprobs": PER[:5]}, ValueError, "old_logprobs"),

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrlk
 import pyrlk.loss
+import pyrlk.reinforce
 import pyrlk.sampling
 
 OPS = torch.ops.pyrlk
@@ -30,17 +31,19 @@ def op_arguments():
     whole = (None, None)
     kept = pyrlk.sample(z, top_k=7, seed=0, return_support=True)
     inside = kept.token.view(B, L)
-    stats = OPS.token_logprobs(z, inside, *kept.support, 1.0, None, V, True)[2]
     tau = torch.rand(B, L) + 0.5
+    row = (inside, *kept.support, 1.0, tau, V)
+    stats = OPS.token_logprobs(z, *row, True, False)[2]
     integers, numbers = [1, 0, 3, 0, 0, 0, 1], [0.2, 0.28, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0]
     mask = torch.rand(B, L) > 0.2
     loss = (tokens, *whole, old, adv, mask, old, None, None, None, tau, 1.0, V, integers, numbers)
     n = B * L
-    row = (torch.ones(n), torch.zeros(n, dtype=torch.long), torch.full((n,), 0.9), torch.zeros(n))
-    draw = (z, *row, torch.arange(n), torch.zeros(n, dtype=torch.long), False)
+    rules = (torch.ones(n), torch.zeros(n).long(), torch.full((n,), 0.9), torch.zeros(n))
+    draw = (z, *rules, torch.arange(n), torch.zeros(n, dtype=torch.long), False)
     return {
-        "token_logprobs": (z.clone().requires_grad_(), inside, *kept.support, 1.0, None, V, True),
-        "token_logprobs_backward": (z, inside, *kept.support, 1.0, tau, V, stats, adv, old),
+        "token_logprobs": (z.clone().requires_grad_(), *row, True, False),
+        "token_logprobs_backward": (z, *row, stats, adv, old),
+        "token_logprobs_backward_": (z.clone(), *row, stats, adv, old),
         "policy_loss": (z, *loss, True),
         "policy_loss_": (z.clone(), *loss),
         "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
@@ -74,6 +77,13 @@ def dropin(h, tokens, old, adv, mask):
 def inplace(h, tokens, old, adv, mask):
     logits = h @ WEIGHT.t()
     return pyrlk.dapo_loss(logits, tokens, old, adv, mask, inplace=True, return_stats=True)[0]
+
+
+def inplace_in_two(h, tokens, old, adv, mask):
+    return pyrlk.policy_loss(
+        h @ WEIGHT.t(), tokens, old, adv[:, 0], mask, objective=pyrlk.GSPO(), inplace=True,
+        entropy_coef=0.01,
+    )  # fmt: skip
 
 
 def sequences(h, tokens, old, adv, mask):
@@ -110,8 +120,11 @@ def scorer(h, tokens, old, adv, mask):
     return (logprob * adv + entropy).sum()
 
 
+STEPS = [dropin, inplace, inplace_in_two, sequences, callable_objective, packed, scorer]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [dropin, inplace, sequences, callable_objective, packed, scorer])
+@pytest.mark.parametrize("step", STEPS)
 def test_compiled_fullgraph_equals_eager_at_any_length_without_recompiling(step):
     torch._dynamo.reset()
     counters.clear()
@@ -150,22 +163,29 @@ def test_a_compiled_sampler_equals_eager_without_recompiling():
     assert torch.equal(got.support.offsets, want.support.offsets)
 
 
+# One launch, and what takes two: a sequence ratio, a callable.
+TWO = [pyrlk.GSPO(), lambda logprobs, old, adv, mask: -(logprobs - old).exp() * adv]
+THREE = [pyrlk.DAPO(), *TWO]
+
+
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_second_backward_and_a_double_backward_raise(inplace):
+@pytest.mark.parametrize("objective", THREE)
+def test_a_second_backward_and_a_double_backward_raise(inplace, objective):
     z, tokens, old, adv = batch()
-    leaf = z.requires_grad_()
-    loss = pyrlk.dapo_loss(leaf * 1, tokens, old, adv, inplace=inplace)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
-        loss.backward()
-    loss = pyrlk.dapo_loss(leaf * 1, tokens, old, adv, inplace=inplace)
+    leaf, options = z.requires_grad_(), {"inplace": inplace, "objective": objective}
+    if inplace or objective is THREE[0]:
+        loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="second backward"):
+            loss.backward()
+    loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
+    if not inplace and objective in TWO:
+        (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            slope.sum().backward()
+        return
     with pytest.raises(RuntimeError, match="create_graph is not supported"):
         torch.autograd.grad(loss, leaf, create_graph=True)
-    (slope,) = torch.autograd.grad(
-        pyrlk.token_logprobs(leaf, tokens).sum(), leaf, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        slope.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -197,26 +217,74 @@ def test_accumulated_losses_add_their_gradients():
     torch.testing.assert_close(both, a + 2 * b)
 
 
-def test_in_place_bumps_the_version_so_that_a_stale_tensor_is_an_error():
+@pytest.mark.parametrize("objective", THREE)
+def test_in_place_bumps_the_version_so_that_a_stale_tensor_is_an_error(objective):
     z, tokens, old, adv = batch()
     leaf = z.requires_grad_()
     logits = leaf * 1
     stale = (logits**2).sum()  # keeps the logits for its backward
     version = logits._version
-    loss = pyrlk.dapo_loss(logits, tokens, old, adv, inplace=True)
-    assert logits._version > version
+    loss = pyrlk.policy_loss(logits, tokens, old, adv, inplace=True, objective=objective)
     loss.backward()
+    assert logits._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
 
 
-def test_in_place_under_no_grad_leaves_the_logits_alone():
+@pytest.mark.parametrize("objective", TWO)
+def test_logits_that_change_before_an_in_place_backward_are_an_error(objective):
     z, tokens, old, adv = batch()
-    before = z.clone()
-    pyrlk.dapo_loss(z, tokens, old, adv, inplace=True)
+    leaf = z.requires_grad_()
+    for change in (lambda x: x.add_(1), lambda x: x.detach().zero_(), one_launch_in_place):
+        logits = leaf * 1
+        loss = pyrlk.policy_loss(logits, tokens, old, adv, inplace=True, objective=objective)
+        change(logits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def one_launch_in_place(logits):
+    _, tokens, old, adv = batch()
+    pyrlk.dapo_loss(logits, tokens, old, adv, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("objective", TWO)
+def test_in_place_gives_the_bits_of_the_drop_in(dtype, strided, kept, objective):
+    z, tokens, old, adv = batch(dtype)
+    mask = torch.rand(B, L) > 0.2
+    tokens[0, 1] = -100
+    if strided:
+        tokens, old, adv, mask = tokens[:, 1:], old[:, 1:], adv[:, 1:], mask[:, 1:]
+    options = {"objective": objective, "entropy_coef": 0.1, "temperature": 0.7, "vocab_size": 90}
+    tokens = torch.where(tokens >= 90, 89, tokens)
+    if kept:
+        sets = torch.rand(tokens.numel(), 90) < 0.3
+        sets.scatter_(1, tokens.reshape(-1, 1).clamp(min=0), True)
+        options["support"] = pyrlk.Support.from_mask(sets)
+    grads = []
+    for inplace in (False, True):
+        leaf = z.clone().requires_grad_()
+        logits = (leaf * 1)[:, :-1] if strided else leaf * 1
+        loss = pyrlk.policy_loss(logits, tokens, old, adv, mask, inplace=inplace, **options)
+        (3 * loss).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("objective", THREE)
+def test_in_place_under_no_grad_leaves_the_logits_alone(objective):
+    z, tokens, old, adv = batch()
+    before, options = z.clone(), {"inplace": True, "objective": objective}
+    pyrlk.policy_loss(z, tokens, old, adv, **options)
     with torch.no_grad():
-        pyrlk.dapo_loss(z.requires_grad_() * 1, tokens, old, adv, inplace=True)
+        pyrlk.policy_loss(z.requires_grad_() * 1, tokens, old, adv, **options)
     assert torch.equal(z, before)
+    with pytest.raises(ValueError, match="inplace"):
+        pyrlk.policy_loss(z, tokens, old, adv, **options)
 
 
 class Big(TorchDispatchMode):
@@ -241,17 +309,21 @@ class Big(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("inplace", "grad", "allowed"), [(False, True, 1), (True, True, 0), (False, False, 0)]
 )
-def test_the_gradient_is_the_only_tensor_of_size_t_v(dtype, inplace, grad, allowed, allocated):
+@pytest.mark.parametrize("objective", THREE)
+def test_the_gradient_is_the_only_tensor_of_size_t_v(
+    dtype, inplace, grad, allowed, objective, allocated
+):
     count, vocab = 64, 4096
     leaf = torch.randn(count, vocab).to(dtype).requires_grad_()
     logits = leaf * 1
     tokens, adv = torch.randint(vocab, (count,)), torch.randn(count)
     options = {"entropy_coef": 0.1, "ref_logprobs": adv, "kl_coef": 0.1, "return_stats": True}
+    options |= {"objective": objective, "cu_seqlens": torch.tensor([0, 30, count])}
     with torch.set_grad_enabled(grad):
         big = Big(logits.numel() * logits.element_size() // 2)
         big.storages.add(logits.untyped_storage().data_ptr())
         with big:
-            loss, _ = pyrlk.dapo_loss(logits, tokens, adv, adv, inplace=inplace, **options)
+            loss, _ = pyrlk.policy_loss(logits, tokens, adv, adv, inplace=inplace, **options)
             if grad:
                 (slope,) = torch.autograd.grad(loss, logits)
     assert not grad or slope.isfinite().all()
