@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-OPS = ("policy_loss", "linear", "sample")
+OPS = ("policy_loss", "scaling", "linear", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:

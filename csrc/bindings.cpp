@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -11,9 +12,11 @@
 
 #include "kernels/kernels.h"
 #include "memory/cuda_driver.h"
+#include "memory/dlpack.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
 #include "memory/threads.h"
+#include "memory/warm_pages.h"
 
 namespace py = pybind11;
 
@@ -27,17 +30,83 @@ struct Support {
     for (const auto& row : rows) n += static_cast<int64_t>(row.size());
     return n;
   }
-  void write(int32_t* ids, int64_t* offsets) const {
+  // Rows that end within `capacity` go to ids; the others become bits, and OVERFLOW in status.
+  void write(int32_t* ids, int64_t capacity, int64_t* offsets, uint32_t* bits, int64_t words,
+             uint8_t* status) const {
     *offsets = 0;
-    for (const auto& row : rows) {
-      ids = std::copy(row.begin(), row.end(), ids);
-      offsets[1] = offsets[0] + static_cast<int64_t>(row.size());
-      ++offsets;
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      const auto& row = rows[b];
+      const int64_t begin = offsets[b], end = begin + static_cast<int64_t>(row.size());
+      offsets[b + 1] = end;
+      if (end <= capacity) {
+        std::copy(row.begin(), row.end(), ids + begin);
+      } else if (end > begin) {
+        uint32_t* word = bits + static_cast<int64_t>(b) * words;
+        std::fill_n(word, words, 0);
+        for (const int32_t id : row) word[id / 32] |= 1u << (id % 32);
+        status[b] |= pyrlk::kOverflow;
+      }
     }
   }
 
   std::vector<std::vector<int32_t>> rows;
 };
+
+// A tensor in warm pages, as DLPack describes it to torch.
+struct WarmTensor {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape;
+
+  static void release(DLManagedTensor* self) {
+    auto* made = static_cast<WarmTensor*>(self->manager_ctx);
+    pyrlk::give_back_warm_pages(made->managed.dl_tensor.data);
+    delete made;
+  }
+};
+
+// A capsule for torch.from_dlpack, or None where the system has no such memory.
+py::object warm_tensor(const std::vector<int64_t>& shape, int dtype) {
+  const auto type = static_cast<pyrlk::DType>(dtype);
+  const auto item = static_cast<std::size_t>(pyrlk::item_size(type));
+  std::size_t bytes = item;
+  for (const int64_t n : shape) bytes *= static_cast<std::size_t>(n);
+  auto made = std::make_unique<WarmTensor>();
+  made->shape = shape;
+  void* block = nullptr;
+  {
+    py::gil_scoped_release nogil;
+    block = pyrlk::take_warm_pages(bytes);
+  }
+  if (block == nullptr) return py::none();
+  const auto code = uint8_t(type == pyrlk::DType::kBFloat16 ? 4 : 2);
+  made->managed.dl_tensor = {
+      block,   {1, 0}, int32_t(shape.size()), {code, uint8_t(8 * item), 1}, made->shape.data(),
+      nullptr, 0};
+  made->managed.manager_ctx = made.get();
+  made->managed.deleter = WarmTensor::release;
+  // A consumer renames the capsule; under its first name nobody took the tensor.
+  PyObject* capsule = PyCapsule_New(&made->managed, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    managed->deleter(managed);
+  });
+  if (capsule == nullptr) {
+    pyrlk::give_back_warm_pages(block);
+    throw py::error_already_set();
+  }
+  made.release();
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+void bind_warm_pages(py::module_& module) {
+  module.def("warm_tensor", warm_tensor);
+  module.def("release_warm_pages", &pyrlk::release_warm_pages,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("warm_pages", [] {
+    const pyrlk::WarmPages w = pyrlk::warm_pages();
+    return py::make_tuple(w.used, w.kept);
+  });
+}
 
 // kernels/: row statistics, losses, sampling.
 void bind_kernels(py::module_& module) {
@@ -139,15 +208,20 @@ void bind_kernels(py::module_& module) {
       .def("total", &Support::total)
       .def(
           "write",
-          [](const Support& self, Address ids, Address offsets) {
-            self.write(static_cast<int32_t*>(pointer(ids)), int64s(offsets));
+          [](const Support& self, Address ids, int64_t capacity, Address offsets, Address bits,
+             int64_t words, Address status) {
+            self.write(static_cast<int32_t*>(pointer(ids)), capacity, int64s(offsets),
+                       static_cast<uint32_t*>(pointer(bits)), words,
+                       static_cast<uint8_t*>(pointer(status)));
           },
-          py::arg("ids"), py::arg("offsets"));
+          py::arg("ids"), py::arg("capacity"), py::arg("offsets"), py::arg("bits"),
+          py::arg("words"), py::arg("status"));
   module.def(
       "sample",
       [](const PyRows& logits, Address temperature, Address top_k, Address top_p, Address min_p,
-         Address seed, Address position, bool joint, Address token, Address logprob,
-         Address full_logprob, Address kept, Address status, Support* support, int threads) {
+         Address seed, Address position, Address allowed, bool joint, bool keep_ties, Address token,
+         Address logprob, Address full_logprob, Address kept, Address status, Support* support,
+         int threads) {
         const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
         const pyrlk::SampleArgs args{to_rows(logits),
                                      floats(temperature),
@@ -156,7 +230,9 @@ void bind_kernels(py::module_& module) {
                                      int64s(top_k),
                                      int64s(seed),
                                      int64s(position),
+                                     static_cast<const uint32_t*>(pointer(allowed)),
                                      joint,
+                                     keep_ties,
                                      int64s(token),
                                      floats(logprob),
                                      floats(full_logprob),
@@ -167,9 +243,9 @@ void bind_kernels(py::module_& module) {
         return pyrlk::sample(args, threads);
       },
       py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("joint"), py::arg("token"),
-      py::arg("logprob"), py::arg("full_logprob"), py::arg("kept"), py::arg("status"),
-      py::arg("support"), py::arg("threads"));
+      py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("allowed"), py::arg("joint"),
+      py::arg("keep_ties"), py::arg("token"), py::arg("logprob"), py::arg("full_logprob"),
+      py::arg("kept"), py::arg("status"), py::arg("support"), py::arg("threads"));
 }
 
 // memory/: packing, shared memory, CUDA handles.
@@ -347,5 +423,6 @@ void bind_memory(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels and hand-over memory of pyrlk (raw pointers; see pyrlk/_C.pyi)";
   bind_kernels(module);
+  bind_warm_pages(module);
   bind_memory(module);
 }

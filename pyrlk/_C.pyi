@@ -1,6 +1,7 @@
 """The C++ extension: raw addresses (tensor.data_ptr(), 0 for none) and sizes, nothing of torch."""
 
 from array import array
+from collections.abc import Sequence
 
 # kernels: row statistics, losses, sampling (csrc/kernels).
 
@@ -65,7 +66,9 @@ def scale(x: int, dtype: int, count: int, factor: float, threads: int) -> None: 
 class Support:
     def __init__(self, rows: int) -> None: ...
     def total(self) -> int: ...
-    def write(self, ids: int, offsets: int) -> None: ...
+    def write(
+        self, ids: int, capacity: int, offsets: int, bits: int, words: int, status: int
+    ) -> None: ...
 
 def sample(
     logits: _Rows,
@@ -75,7 +78,9 @@ def sample(
     min_p: int,
     seed: int,
     position: int,
+    allowed: int,
     joint: bool,
+    keep_ties: bool,
     token: int,
     logprob: int,
     full_logprob: int,
@@ -84,6 +89,11 @@ def sample(
     support: Support | None,
     threads: int,
 ) -> int: ...
+
+# memory: warm pages for large gradients (csrc/memory/warm_pages.h).
+def warm_tensor(shape: Sequence[int], dtype: int) -> object | None: ...
+def release_warm_pages() -> int: ...
+def warm_pages() -> tuple[int, int]: ...
 
 # memory: the hand-over of weights (csrc/memory).
 # An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides in elements.

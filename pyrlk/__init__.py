@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "sample": "sampling",
+    "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
     "token_logprobs": "logprob",
@@ -23,6 +24,8 @@ _HOME = {
     "policy_loss_from_logprobs": "from_logprobs",
     "reinforce_grad": "reinforce",
     "normalizer": "loss",
+    "mtp_loss": "mtp",
+    "MTPStats": "mtp",
     "PolicyStats": "_plan",
     "REINFORCE": "objective",
     "PPO": "objective",
@@ -45,6 +48,7 @@ _HOME = {
     "informative_groups": "batch",
     "soft_overlong_penalty": "batch",
     "DynamicSampler": "batch",
+    "empty_cache": "_op",
 }
 _MODULES = ("reference", "weights")
 
@@ -53,6 +57,7 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from . import reference as reference
     from . import weights as weights
+    from ._op import empty_cache as empty_cache
     from ._plan import PolicyStats as PolicyStats
     from .batch import DynamicSampler as DynamicSampler
     from .batch import group_advantages as group_advantages
@@ -66,6 +71,8 @@ if TYPE_CHECKING:
     from .loss import normalizer as normalizer
     from .loss import policy_loss as policy_loss
     from .loss import reinforce_loss as reinforce_loss
+    from .mtp import MTPStats as MTPStats
+    from .mtp import mtp_loss as mtp_loss
     from .objective import BNPO as BNPO
     from .objective import CISPO as CISPO
     from .objective import DAPO as DAPO
@@ -85,6 +92,7 @@ if TYPE_CHECKING:
     from .objective import KLCov as KLCov
     from .reinforce import reinforce_grad as reinforce_grad
     from .sampling import Sample as Sample
+    from .sampling import replay as replay
     from .sampling import sample as sample
     from .support import Support as Support
 

@@ -10,9 +10,8 @@ callables take two passes: log-probs, then the same chunks again with the slopes
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from . import _check, _head, _op, _plan, loss
 from . import support as _support
 from ._head import Head, Settings
-from ._plan import Inputs, Options, PerToken, Plan, PolicyStats
+from ._plan import Inputs, Options, PerToken, PolicyStats
 from ._rows import Actions, Rows, check_tokens
 from .from_logprobs import two_launches
 from .logprob import gradient, statistics
@@ -201,7 +200,7 @@ def linear_policy_loss(
     inputs = _plan.inputs(options, tokens, kept, tau, vocab)
     value, stats, *grads = _linear_policy_loss(*plain, *inputs, *settings, wants)
     if any(wants):
-        value = _attach_grads(hidden, weight, bias, *grads, value)
+        value = _head.attach_grads(hidden, weight, bias, *grads, value)
     return (value, PolicyStats(*stats.unbind())) if return_stats else value
 
 
@@ -215,33 +214,14 @@ def _leaves(hidden, weight, bias, group) -> tuple[tuple[Tensor, Tensor, Tensor |
     return (_vocab.replicated("hidden", hidden), weight, bias), shard
 
 
-@contextlib.contextmanager
-def _plain(x: Tensor) -> Iterator[None]:
-    """Products as written: autograd sees the op alone, autocast none of it."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        yield
-
-
 def _spread(x: Any, index: Tensor | None, count: int) -> Any:
     """Results of the kept rows at their places, 0 elsewhere."""
     return x if x is None or index is None else x.new_zeros(count).index_copy_(0, index, x)
 
 
-def _grads_fake(hidden, weight, wants):
-    total = _op.compute_dtype(hidden)
-    empty = hidden.new_empty
-    return (
-        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        if wants[0]
-        else empty(0),
-        empty(weight.shape, dtype=total) if wants[1] else empty(0),
-        empty(weight.shape[0], dtype=total) if wants[2] else empty(0),
-    )
-
-
 def _linear_policy_loss_fake(hidden, weight, bias, inputs, settings, wants):
     value, stats = _plan.finish_fake(hidden, inputs)
-    return value, stats, *_grads_fake(hidden, weight, wants), torch.empty_like(value)
+    return value, stats, *_head.grads_fake(hidden, weight, wants), torch.empty_like(value)
 
 
 @_op.op("linear_policy_loss", fake=_linear_policy_loss_fake)
@@ -257,14 +237,14 @@ def _linear_policy_loss(
 
     Empty where not wanted; ∂weight and ∂bias are float32 sums.
     """
-    with _plain(hidden):
+    with _head.plain(hidden):
         plan, vocab = _plan.prepare(hidden, inputs), inputs.vocab
         active = plan.weight != 0
         check_tokens(plan.tokens, plan.kept, active, vocab)
         if not plan.want_stats and plan.terms.kl_coef == 0 and plan.terms.entropy_coef == 0:
             active = active & (plan.advantages != 0)
         head = Head(hidden, weight, bias, active, vocab, settings, wants)
-        unit = _unit(plan, hidden.dtype)
+        unit = _head.float16_unit(plan.weight * plan.advantages.abs(), hidden.dtype)
         dense = plan._replace(weight=plan.weight / unit)
         dense = dense if head.index is None else dense.take(head.index)
         out = _plan.per_token(hidden, plan, head.count)
@@ -274,92 +254,7 @@ def _linear_policy_loss(
             head.backward(part)
         spread = (_spread(x, head.index, plan.tokens.numel()) for x in out)
         value, stats = _plan.finish(plan, PerToken(*spread))
-        return value, stats, *_grads(head, hidden, wants), unit
-
-
-def _unit(plan: Plan, dtype: torch.dtype) -> Tensor:
-    """What the op's gradients are in units of: a power of two for float16, else 1.
-
-    1/T of a policy loss is below what float16 resolves, and a loss scale comes only with backward.
-    So the largest w·|A| counts as about 1/16 until then.
-    """
-    one = torch.ones((), dtype=plan.weight.dtype, device=plan.weight.device)
-    if dtype != torch.float16 or plan.weight.numel() == 0:
-        return one
-    size = torch.where(plan.weight != 0, plan.weight * plan.advantages.abs(), 0).amax()
-    unit = torch.exp2(torch.log2(size).ceil() + 4)
-    return torch.where((size > 1e-30) & (size < 1e30), unit, one)
-
-
-def _grads(head: Head, hidden: Tensor, wants) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = head.dhidden.view(hidden.shape) if wants[0] else head.dhidden
-    return dhidden, head.dweight, head.dbias
-
-
-def _attach_fake(hidden, weight, bias, dhidden, dweight, dbias, unit, value):
-    return torch.empty_like(value)
-
-
-@_op.op("linear_attach_grads", fake=_attach_fake)
-def _attach_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    unit: Tensor,
-    value: Tensor,
-) -> Tensor:
-    """The loss as a function of its leaves, whose gradients are known; backward consumes them."""
-    return value.clone()
-
-
-def _attach_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[3:7])
-    ctx.weight, ctx.dtype, ctx.spent = _megatron(inputs[1]), inputs[1].dtype, False
-
-
-def _attach_backward(ctx, factor):
-    if ctx.spent:
-        raise RuntimeError(
-            "second backward through the same pyrlk loss: its gradient was handed over by the first"
-        )
-    ctx.spent = True
-    *grads, unit = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
-    needed = ctx.needs_input_grad[:3]
-    for grad, wanted in zip(grads, needed, strict=True):
-        if wanted:
-            _op.scale_(grad, factor * unit)
-    return *_hand_over(grads, needed, ctx.weight, ctx.dtype), *(None,) * 5
-
-
-_attach_grads.register_autograd(_attach_backward, setup_context=_attach_setup)
-
-
-def _megatron(weight: Tensor) -> Tensor | None:
-    """The weight where Megatron has given it a buffer for its gradient."""
-    return weight if getattr(weight, "main_grad", None) is not None else None
-
-
-def _hand_over(grads, needed, megatron: Tensor | None, dtype: torch.dtype):
-    """Gradients as autograd wants them; ∂weight goes into main_grad instead where there is one."""
-    dhidden, dweight, dbias = grads
-    to_weight = _rounded(dweight, dtype) if needed[1] and megatron is None else None
-    if needed[1] and megatron is not None:
-        main: Any = megatron
-        main.main_grad.add_(dweight)
-        if hasattr(main, "grad_added_to_main_grad"):
-            # Megatron's hook waits for a gradient, and takes it for accounted for by this flag.
-            main.grad_added_to_main_grad = True
-            to_weight = torch.zeros_like(main)
-    return dhidden if needed[0] else None, to_weight, dbias.to(dtype) if needed[2] else None
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        return value, stats, *_head.grads(head, hidden, wants), unit
 
 
 _NONE = (False, False, False)
@@ -391,7 +286,7 @@ def _linear_logprobs(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy or empty, of a shard the row statistics and its first id)."""
-    with _plain(hidden):
+    with _head.plain(hidden):
         at = rows.flat(_op.compute_dtype(hidden))
         active = at.tokens != -100
         if hidden.device.type == "cpu":
@@ -422,10 +317,8 @@ def _linear_logprobs(
         return logprob.view(shape), entropy, stats, first
 
 
-def _logprobs_backward_fake(
-    hidden, weight, bias, rows, shard, settings, first, stats, g, h, wants
-):
-    return _grads_fake(hidden, weight, wants)
+def _logprobs_backward_fake(hidden, weight, bias, rows, shard, settings, first, stats, g, h, wants):
+    return _head.grads_fake(hidden, weight, wants)
 
 
 @_op.op("linear_token_logprobs_backward", fake=_logprobs_backward_fake)
@@ -447,7 +340,7 @@ def _linear_logprobs_backward(
     So do the statistics, but for a shard: there they are those of the whole rows, and all rows of
     the forward are computed, so that the products are the same.
     """
-    with _plain(hidden):
+    with _head.plain(hidden):
         dtype = _op.compute_dtype(hidden)
         at, g, h = rows.flat(dtype), _op.flat(g, dtype), _op.flat(h, dtype)
         active = at.tokens != -100
@@ -469,7 +362,7 @@ def _linear_logprobs_backward(
                 statistics(z, here, logprob[size], _take(entropy, size), row)
             gradient(z, here, row, _take(g, part), _take(h, part), head.slopes(part))
             head.backward(part)
-        dhidden, dweight, dbias = _grads(head, hidden, wants)
+        dhidden, dweight, dbias = _head.grads(head, hidden, wants)
         if shard.sharded and wants[0]:
             dhidden = _vocab.summed(dhidden, shard)
         return dhidden, dweight, dbias
@@ -485,7 +378,7 @@ def _logprobs_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *tensors, *output[2:])
     ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
     ctx.how, ctx.with_entropy = inputs[9:14], inputs[14]  # shard and settings
-    ctx.megatron = _megatron(inputs[1])
+    ctx.megatron = _head.megatron_weight(inputs[1])
     ctx.set_materialize_grads(False)
 
 
@@ -497,7 +390,7 @@ def _logprobs_backward(ctx, g, h, *_constants):
     *leaves, tokens, ids, offsets, temperatures, stats, first = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
     grads = _linear_logprobs_backward(*leaves, *rows, *ctx.how, first, stats, g, h, list(needed))
-    return *_hand_over(grads, needed, ctx.megatron, leaves[1].dtype), *(None,) * 12
+    return *_head.hand_over(grads, needed, ctx.megatron, leaves[1].dtype), *(None,) * 12
 
 
 def _no_double_backward(ctx, *_grads):

@@ -8,6 +8,7 @@ Arguments mean what they mean in the op of the same name; nothing is validated h
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -177,6 +178,35 @@ def policy_loss_from_logprobs(
     return (_objective.token_weights(objective, mask, seqs, normalizer) * per_token).sum()
 
 
+def mtp_loss(
+    hidden, weight, tokens, *, depth=1, mask=None, cu_seqlens=None, kind="ce",
+    teacher_hidden=None, detach_weight=True,
+):  # fmt: skip
+    """The loss of `pyrlk.mtp_loss`, sequence by sequence."""
+    weight = weight.detach() if detach_weight else weight
+    length = tokens.shape[-1]
+    starts = range(0, tokens.numel() + 1, max(length, 1)) if cu_seqlens is None else cu_seqlens
+    x, ids = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    m = torch.ones_like(ids, dtype=x.dtype) if mask is None else mask.reshape(-1).to(x.dtype)
+    m = torch.where(ids == -100, 0, m)
+    total = x.new_zeros(())
+    counted = x.new_zeros(())
+    bounds = [int(b) for b in starts]
+    for begin, end in itertools.pairwise(bounds):
+        for t in range(begin, end - depth - 1):
+            to = t + depth + 1
+            if m[to] == 0:
+                continue
+            log_q = (x[t] @ weight.mT).log_softmax(-1)
+            if kind == "ce":
+                loss = -log_q[ids[to]]
+            else:
+                teacher = teacher_hidden.reshape(x.shape)[t + depth].detach()
+                loss = (log_q.exp() - (teacher @ weight.detach().mT).softmax(-1)).abs().sum() / 2
+            total, counted = total + m[to] * loss, counted + m[to]
+    return total / counted if counted > 0 else total
+
+
 class Draw(NamedTuple):
     """What `sample` returns: the fields of pyrlk.Sample, with the kept set as a dense mask."""
 
@@ -187,13 +217,24 @@ class Draw(NamedTuple):
     mask: Tensor
 
 
-def kept_mask(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, order="top_k_first"):
+def kept_mask(
+    logits,
+    *,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    order="top_k_first",
+    ties="trim",
+    allowed=None,
+):
     """bool [B, V]: the prefix of the order (logit descending, id ascending) that the filters keep.
 
     Parameters are numbers or [B]. Masses are float64 and unnormalised, so that ties stay exact.
-    top_p = 1, min_p = 0 and top_k ≤ 0 are off.
+    top_p = 1, min_p = 0 and top_k ≤ 0 are off. ties="keep": a filter keeps all tokens that are tied
+    with the last one it keeps.
     """
-    z = _clean_logits(logits)
+    z = _clean_logits(logits, allowed)
     rows, vocab = z.shape
     tau, k, p, min_p = (_row_values(x, rows) for x in (temperature, top_k, top_p, min_p))
     ranked, ids = torch.sort(z, dim=-1, descending=True, stable=True)
@@ -202,15 +243,22 @@ def kept_mask(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, order="
     mass = torch.exp((ranked - ranked[:, :1].clamp(min=-1e300)) / tau[:, None])
     mass = torch.where(rank < finite[:, None], mass, 0.0)
 
+    def with_ties(count):
+        if ties == "trim":
+            return count
+        last = ranked.gather(1, (count - 1).clamp(min=0)[:, None])
+        return torch.minimum((ranked >= last).sum(-1), finite)
+
     keep = finite.clone()
     by_k = torch.where(k > 0, torch.minimum(k.to(torch.int64), finite), finite)
+    by_k = with_ties(by_k)
     keep = torch.minimum(keep, by_k)
     pool = mass
     if order == "top_k_first":
         pool = torch.where(rank < by_k[:, None], mass, 0.0)
     enough = pool.cumsum(-1) >= p[:, None] * pool.sum(-1, keepdim=True)
     by_p = torch.where(enough.any(-1), enough.to(torch.int8).argmax(-1) + 1, vocab)
-    keep = torch.where(p < 1, torch.minimum(keep, by_p), keep)
+    keep = torch.where(p < 1, torch.minimum(keep, with_ties(by_p)), keep)
     floor = ranked[:, 0] + tau * torch.log(min_p)
     by_min = (ranked >= floor[:, None]).sum(-1)
     keep = torch.where(min_p > 0, torch.minimum(keep, by_min), keep)
@@ -219,16 +267,12 @@ def kept_mask(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, order="
     return torch.zeros_like(z, dtype=torch.bool).scatter_(1, ids, rank < keep[:, None])
 
 
-def sample(
-    logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed, position=0, order="top_k_first"
-):
+def sample(logits, *, temperature=1.0, seed, position=0, allowed=None, **filters):
     """Draw one token a row by float64 masses and the stream of `uniform_bits`; finite τ > 0
     only."""
-    z = _clean_logits(logits)
+    z = _clean_logits(logits, allowed)
     rows = z.shape[0]
-    keep = kept_mask(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, order=order
-    )
+    keep = kept_mask(logits, temperature=temperature, allowed=allowed, **filters)
     tau = _row_values(temperature, rows)[:, None]
     full = (z / tau).log_softmax(-1)
     truncated = torch.where(keep, z / tau, -math.inf).log_softmax(-1)
@@ -250,10 +294,14 @@ def sample(
     )
 
 
-def _clean_logits(logits: Tensor) -> Tensor:
-    """NaN counts as −inf; +inf logits share the top equally, nothing else has mass beside them."""
+def _clean_logits(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """NaN and what a grammar forbids count as −inf; +inf logits share the top equally, nothing else
+    has mass beside them."""
     z = logits.detach().cpu().double()
     z = torch.where(z.isnan(), -math.inf, z)
+    if allowed is not None:
+        bits = allowed.cpu()[..., None] >> torch.arange(32, dtype=torch.int32) & 1
+        z = torch.where(bits.flatten(-2)[..., : z.shape[-1]] == 1, z, -math.inf)
     top = z == math.inf
     return torch.where(top.any(-1, keepdim=True), torch.where(top, 0.0, -math.inf).to(z.dtype), z)
 

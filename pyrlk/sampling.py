@@ -21,6 +21,7 @@ from .support import Support
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 _ORDERS = ("top_k_first", "joint")
+_TIES = ("trim", "keep")
 _MAX_VOCAB = 1 << 19
 
 
@@ -50,8 +51,12 @@ def sample(
     seed: int | Tensor,
     position: int | Tensor = 0,
     order: str = "top_k_first",
+    ties: str = "trim",
+    allowed: Tensor | None = None,
     return_support: bool = False,
     support_capacity: int | None = None,
+    portable: bool = False,
+    group: object | None = None,
 ) -> Sample:
     """Draw one token a row, with both log-probs of the draw and, on request, the kept set.
 
@@ -69,10 +74,22 @@ def sample(
         With the seed it names the draw: equal (logits, parameters, seed, position), equal token.
     order : "top_k_first" or "joint"
         top-p applies to the mass that top-k left, or to the whole softmax.
+    ties : "trim" or "keep"
+        A filter that ends among equal logits keeps the lowest ids of them, or all of them (what
+        Hugging Face and FlashInfer keep).
+    allowed : int32 [B, ceil(V/32)], optional
+        A grammar mask: bit i of word w is token 32·w + i (xgrammar, llguidance). A token whose bit
+        is 0 has the logit −inf: every result is that of the logits so masked.
     return_support : bool
     support_capacity : int, optional
-        Size of the id buffer on CUDA; default B·top_k for a host top_k > 0, else B·4096. A row that
-        does not fit gets status OVERFLOW and no ids. On CPU the buffer always has the exact size.
+        Size of the id buffer. A row that does not fit gets status OVERFLOW, and its kept set as
+        bits (see `Support`). Default on CUDA: B·top_k for a host top_k > 0, else B·4096; on CPU:
+        the exact size.
+    portable : bool
+        Choose by exact integer masses: token and kept set are the same bits on every device. On CPU
+        they always are.
+    group : ProcessGroup, optional
+        The vocabulary is sharded over its ranks.
 
     Returns
     -------
@@ -87,7 +104,7 @@ def sample(
     z = _check.logits(logits).detach()
     if z.shape[-1] >= _MAX_VOCAB:
         raise ValueError(f"logits must have V < {_MAX_VOCAB}, got {z.shape[-1]}")
-    lead = z.shape[:-1]
+    lead, vocab = z.shape[:-1], z.shape[-1]
     count = math.prod(lead)
     tau = _float_rows("temperature", temperature, z, 0.0)
     k = _int_rows("top_k", top_k, z)
@@ -98,26 +115,78 @@ def sample(
         seeds = seeds + torch.arange(count, device=z.device)
     positions = _int_rows("position", position, z)
     joint = _check.choice("order", order, _ORDERS) == "joint"
-    arguments = (z, tau, k, p, least, seeds, positions, joint)
+    keep_ties = _check.choice("ties", ties, _TIES) == "keep"
+    exact = _check.flag("portable", portable)
+    if group is not None:
+        raise NotImplementedError("group: sampling from a sharded vocabulary is not built yet")
+    words = _allowed_words(allowed, z)
+    arguments = (z, tau, k, p, least, seeds, positions, words, joint, keep_ties, exact)
     if not _check.flag("return_support", return_support):
+        _capacity(support_capacity, 0, z)
         token, logprob, full, kept, status = _sample(*arguments)
         support = None
     else:
-        capacity = _capacity(support_capacity, top_k, count)
-        token, logprob, full, kept, status, ids, offsets = _sample_support(*arguments, capacity)
-        support = Support(ids, offsets)
+        widest = top_k if isinstance(top_k, int) and 0 < top_k < vocab else 0
+        capacity = _capacity(support_capacity, widest, z)
+        overflows = 0 <= capacity < count * (widest if widest and not keep_ties else vocab)
+        out = _sample_support(*arguments, capacity, overflows)
+        token, logprob, full, kept, status, ids, offsets, bits = out
+        support = Support(ids, offsets, bits if overflows else None)
     token, logprob, full, kept, status = (
         x.view(lead) for x in (token, logprob, full, kept, status)
     )
     return Sample(token, logprob, full, kept, status, support)
 
 
-def _capacity(capacity, top_k, count: int) -> int:
+def replay(logits: Tensor, **parameters) -> Sample:
+    """The draw that `sample` made from these logits, again: it is a function of its arguments.
+
+    A row's result depends on its logits, its parameters, its seed and its position alone, so that
+    any subset of rows replays, in any order and any batch, given their seeds as a tensor.
+
+    Parameters
+    ----------
+    logits, **parameters
+        What `sample` was given.
+
+    Returns
+    -------
+    Sample
+        Equal in every bit on the device that drew; with `portable=True` the token and the kept set
+        are equal on any device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sample`.
+    """
+    return sample(logits, **parameters)
+
+
+def _capacity(capacity, widest: int, z: Tensor) -> int:
+    """Size of the id buffer; −1 is the exact size, which only the CPU knows beforehand."""
     if capacity is not None:
         if _check.integer("support_capacity", capacity) < 0:
             raise ValueError(f"support_capacity must be ≥ 0, got {capacity}")
         return capacity
-    return count * (top_k if isinstance(top_k, int) and top_k > 0 else 4096)
+    if z.device.type == "cpu":
+        return -1
+    return math.prod(z.shape[:-1]) * (widest or 4096)
+
+
+def _allowed_words(allowed, z: Tensor) -> Tensor | None:
+    if allowed is None:
+        return None
+    allowed = _check.like("allowed", allowed, z)
+    if allowed.dtype != torch.int32:
+        raise TypeError(f"allowed must be int32 (a bit a token), got {allowed.dtype}")
+    words, count = -(-z.shape[-1] // 32), math.prod(z.shape[:-1])
+    if allowed.shape not in ((*z.shape[:-1], words), (count, words)):
+        raise ValueError(
+            f"allowed must have shape [{count}, {words}] for V = {z.shape[-1]}, "
+            f"got {list(allowed.shape)}"
+        )
+    return allowed.reshape(count, words).contiguous()
 
 
 def _row_tensor(name: str, x: Tensor, z: Tensor) -> Tensor:
@@ -172,7 +241,7 @@ def _row_value_error(row: int, tau, p, least) -> None:
             raise ValueError(f"{name}[{row}] = {value} is outside [0, {high:g}]")
 
 
-def _run_cpu(logits, tau, k, p, least, seeds, positions, joint, support):
+def _run_cpu(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, support=None):
     out = token, logprob, full_logprob, kept, status = _outputs(logits)
     bad = _C.sample(
         _op.rows(logits, logits.shape[-1]),
@@ -182,7 +251,9 @@ def _run_cpu(logits, tau, k, p, least, seeds, positions, joint, support):
         least.data_ptr(),
         seeds.data_ptr(),
         positions.data_ptr(),
+        _op.address(allowed),
         joint,
+        keep_ties,
         token.data_ptr(),
         logprob.data_ptr(),
         full_logprob.data_ptr(),
@@ -196,20 +267,27 @@ def _run_cpu(logits, tau, k, p, least, seeds, positions, joint, support):
     return out
 
 
-def _run_cuda(logits, tau, k, p, least, seeds, positions, joint, bounds=None):
+def _run_cuda(
+    logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable, bounds=None
+):
     from .triton_kernels import sample as kernels
 
+    if allowed is not None or keep_ties:
+        name = "ties='keep'" if keep_ties else "allowed"
+        raise NotImplementedError(f"{name} is not built on CUDA yet")
     out = _outputs(logits)
     kernels.sample_fwd(logits, tau, k, p, least, seeds, positions, joint, *out, bounds)
     return out
 
 
-def _sample_fake(logits, tau, k, p, least, seeds, positions, joint):
+def _sample_fake(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable):
     return _outputs(logits)
 
 
-def _sample_cuda(logits, tau, k, p, least, seeds, positions, joint):
-    return _run_cuda(logits, tau, k, p, least, seeds, positions, joint)
+def _sample_cuda(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable):
+    return _run_cuda(
+        logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable
+    )
 
 
 @_op.op("sample", fake=_sample_fake, cuda=_sample_cuda)
@@ -221,32 +299,53 @@ def _sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    allowed: Tensor | None,
     joint: bool,
+    keep_ties: bool,
+    portable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(token, logprob, full_logprob, kept, status), each [B]."""
-    return _run_cpu(logits, temperature, top_k, top_p, min_p, seed, position, joint, None)
+    return _run_cpu(
+        logits, temperature, top_k, top_p, min_p, seed, position, allowed, joint, keep_ties
+    )
 
 
-def _sample_support_fake(logits, tau, k, p, least, seeds, positions, joint, capacity):
+def _empty_bits(logits: Tensor, overflows: bool) -> Tensor:
+    """A row of bits for each row that may overflow; no rows where none can."""
+    rows = math.prod(logits.shape[:-1]) if overflows else 0
+    return logits.new_empty((rows, -(-logits.shape[-1] // 32)), dtype=torch.int32)
+
+
+def _sample_support_fake(
+    logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable, capacity,
+    overflows,
+):  # fmt: skip
     size = torch.library.get_ctx().new_dynamic_size()
     count = math.prod(logits.shape[:-1])
     return (
         *_outputs(logits),
         logits.new_empty(size, dtype=torch.int32),
         logits.new_empty(count + 1, dtype=torch.int64),
+        _empty_bits(logits, overflows),
     )
 
 
-def _sample_support_cuda(logits, tau, k, p, least, seeds, positions, joint, capacity):
+def _sample_support_cuda(
+    logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable, capacity,
+    overflows,
+):  # fmt: skip
     from .triton_kernels import sample as kernels
 
     count = math.prod(logits.shape[:-1])
     bounds = logits.new_empty((count, 2), dtype=torch.int64)
-    out = _run_cuda(logits, tau, k, p, least, seeds, positions, joint, bounds)
+    out = _run_cuda(
+        logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable, bounds
+    )
     ids = logits.new_empty(capacity, dtype=torch.int32)
     offsets = logits.new_empty(count + 1, dtype=torch.int64)
+    bits = _empty_bits(logits, overflows).zero_()
     kernels.support_fwd(logits, bounds, out[3], out[4], ids, offsets)
-    return *out, ids, offsets
+    return *out, ids, offsets, bits
 
 
 @_op.op("sample_support", fake=_sample_support_fake, cuda=_sample_support_cuda)
@@ -258,14 +357,29 @@ def _sample_support(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    allowed: Tensor | None,
     joint: bool,
+    keep_ties: bool,
+    portable: bool,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sample` plus the kept ids as CSR (ids, offsets)."""
+    overflows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`sample` plus the kept sets: (ids, offsets, bits) as `Support` has them.
+
+    capacity: entries of ids, −1 for as many as are kept. overflows: that may be too few, so bits is
+    [B, ceil(V/32)] and not [0, ceil(V/32)].
+    """
     count = math.prod(logits.shape[:-1])
     kept = _C.Support(count)
-    out = _run_cpu(logits, temperature, top_k, top_p, min_p, seed, position, joint, kept)
-    ids = logits.new_empty(kept.total(), dtype=torch.int32)
+    out = _run_cpu(
+        logits, temperature, top_k, top_p, min_p, seed, position, allowed, joint, keep_ties, kept
+    )
+    total = kept.total()
+    ids = logits.new_empty(total if capacity < 0 else min(capacity, total), dtype=torch.int32)
     offsets = logits.new_empty(count + 1, dtype=torch.int64)
-    kept.write(ids.data_ptr(), offsets.data_ptr())
-    return *out, ids, offsets
+    bits = _empty_bits(logits, overflows)
+    kept.write(
+        ids.data_ptr(), ids.numel(), offsets.data_ptr(), bits.data_ptr(), bits.shape[1],
+        out[4].data_ptr(),
+    )  # fmt: skip
+    return *out, ids, offsets, bits

@@ -21,38 +21,87 @@ class Support(NamedTuple):
     """Kept token ids as CSR: row b keeps ids[offsets[b] : offsets[b + 1]], ascending.
 
     ids: int32 [N]; offsets: int64 [B + 1]. On CUDA `ids` is a buffer of host-known size, of which
-    offsets[-1] entries are in use.
+    offsets[-1] entries are in use. bits: int32 [B, ceil(V/32)] or None; a row that ends beyond the
+    buffer, offsets[b + 1] > N, is there instead (status OVERFLOW): bit i of word w is token
+    32·w + i. `trim()` turns these rows into ids.
     """
 
     ids: Tensor
     offsets: Tensor
+    bits: Tensor | None = None
 
     def rows(self) -> list[list[int]]:
-        """The kept ids of every row, on the host."""
-        ids, offsets = self.ids.tolist(), self.offsets.tolist()
-        return [ids[a:b] for a, b in itertools.pairwise(offsets)]
+        """The kept ids of every row, on the host: the format of vLLM, SGLang and slime."""
+        ids, offsets, _ = self.trim()
+        flat, ends = ids.tolist(), offsets.tolist()
+        return [flat[a:b] for a, b in itertools.pairwise(ends)]
+
+    def counts(self) -> Tensor:
+        """int64 [B]: how many tokens each row keeps."""
+        return self.offsets.diff()
 
     def to_mask(self, vocab_size: int) -> Tensor:
         """bool [B, V]: True where a token was kept."""
         if _check.integer("vocab_size", vocab_size) < 1:
             raise ValueError(f"vocab_size must be ≥ 1, got {vocab_size}")
-        if self.ids.is_cpu and self.ids.numel() and self.ids.max() >= vocab_size:
-            raise ValueError(f"vocab_size must exceed every id, got {vocab_size}")
-        count = self.offsets.numel() - 1
-        slots = torch.arange(self.ids.numel(), device=self.ids.device)
+        capacity, count = self.ids.numel(), self.offsets.numel() - 1
+        slots = torch.arange(capacity, device=self.ids.device)
         row = torch.searchsorted(self.offsets[1:], slots, right=True)
-        mask = torch.zeros(count + 1, vocab_size, dtype=torch.bool, device=self.ids.device)
-        unused = row >= count
-        mask[torch.where(unused, count, row), torch.where(unused, 0, self.ids)] = True
-        return mask[:count]
+        ends = torch.nn.functional.pad(self.offsets[1:], (0, 1), value=capacity + 1)
+        used = ends[row] <= capacity
+        ids = torch.where(used, self.ids, 0)
+        if ids.is_cpu and capacity and ids.max() >= vocab_size:
+            raise ValueError(f"vocab_size must exceed every id, got {vocab_size}")
+        mask = torch.zeros(count + 1, vocab_size, dtype=torch.bool, device=ids.device)
+        mask[torch.where(used, row, count), ids] = True
+        mask = mask[:count]
+        if self.bits is None:
+            return mask
+        return torch.where(self._in_bits()[:, None], _unpack(self.bits, vocab_size), mask)
+
+    def to_padded(self, width: int | None = None, fill: int = -1) -> Tensor:
+        """int32 [B, width]: the ids of a row, then `fill`. Width: that of the longest row."""
+        ids, offsets, _ = self.trim()
+        counts = offsets.diff()
+        longest = int(counts.max()) if counts.numel() else 0
+        if width is None:
+            width = longest
+        elif _check.integer("width", width) < longest:
+            raise ValueError(f"width must be at least {longest} (the longest row), got {width}")
+        at = torch.arange(width, device=ids.device)
+        padded = torch.full((counts.numel(), width), fill, dtype=torch.int32, device=ids.device)
+        padded[at < counts[:, None]] = ids
+        return padded
+
+    def to_bits(self, vocab_size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """int32 [B, ceil(V/32)] (xgrammar, SGLang) or uint8 [B, ceil(V/8)] (vLLM, numpy).
+
+        Bit i of word w is token 32·w + i (8·w + i).
+        """
+        if dtype not in (torch.int32, torch.uint8):
+            raise TypeError(f"dtype must be torch.int32 or torch.uint8, got {dtype}")
+        mask, size = self.to_mask(vocab_size), 8 * dtype.itemsize
+        octets = torch.nn.functional.pad(mask, (0, -vocab_size % size)).unflatten(-1, (-1, 8))
+        weights = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
+        return (octets * weights).sum(-1, dtype=torch.uint8).view(dtype)
 
     def trim(self) -> Support:
-        """The same without unused entries. On CUDA this synchronises."""
-        return Support(self.ids[: int(self.offsets[-1])], self.offsets)
+        """The same as ids alone, without unused entries. On CUDA this synchronises."""
+        used = self.offsets[1:] <= self.ids.numel()
+        first = int(used.sum())  # the rows beyond the buffer are the last ones
+        begin = int(self.offsets[first])
+        if self.bits is None or first == used.numel():
+            return Support(self.ids[: int(self.offsets[-1])], self.offsets)
+        there = _unpack(self.bits[first:], 32 * self.bits.shape[1])
+        there &= self._in_bits()[first:, None]
+        return Support(torch.cat([self.ids[:begin], _ids(there)]), self.offsets)
+
+    def _in_bits(self) -> Tensor:
+        return (self.offsets[1:] > self.ids.numel()) & (self.counts() > 0)
 
     @staticmethod
     def from_lists(rows, device=None) -> Support:
-        """From one list of ids a row, in any order."""
+        """From one list of ids a row, in any order (the answers of vLLM, SGLang, slime)."""
         ascending = [sorted(operator.index(i) for i in row) for row in rows]
         for b, row in enumerate(ascending):
             if len(set(row)) != len(row) or (row and not 0 <= row[0] <= row[-1] < 1 << 31):
@@ -60,6 +109,35 @@ class Support(NamedTuple):
         offsets = torch.tensor([0, *(len(row) for row in ascending)], dtype=torch.int64).cumsum(0)
         ids = torch.tensor([i for row in ascending for i in row], dtype=torch.int32)
         return Support(ids.to(device), offsets.to(device))
+
+    @staticmethod
+    def from_flat(ids, *, offsets=None, lengths=None, device=None) -> Support:
+        """From the ids of all rows in a row, in any order within one.
+
+        Tensors, numpy arrays or lists. Where a row ends is told by offsets [B + 1], beginning with
+        0 (vLLM's and slime's `token_ids`, `offsets`), or by lengths [B] (SGLang's `lengths`,
+        `token_ids`).
+        """
+        if (offsets is None) == (lengths is None):
+            raise TypeError("from_flat wants either offsets or lengths")
+        ids = _integers("ids", ids, device)
+        if offsets is None:
+            offsets = _offsets(_integers("lengths", lengths, ids.device))
+        offsets = _integers("offsets", offsets, ids.device)
+        if offsets.numel() < 1 or int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
+            raise ValueError("offsets must rise from 0 (lengths must be ≥ 0)")
+        if int(offsets[-1]) != ids.numel():
+            raise ValueError(f"offsets must end at {ids.numel()} (ids), got {int(offsets[-1])}")
+        outside = (ids < 0) | (ids > _LAST)
+        if bool(outside.any()):
+            raise ValueError(f"ids must lie in [0, 2^31), got {int(ids[outside][0])}")
+        row = torch.searchsorted(
+            offsets[1:], torch.arange(ids.numel(), device=ids.device), right=True
+        )
+        ordered = (row << 32 | ids).sort().values
+        if bool((ordered[1:] == ordered[:-1]).any()):
+            raise ValueError("ids must be distinct within a row")
+        return Support((ordered & 0xFFFFFFFF).to(torch.int32), offsets)
 
     @staticmethod
     def from_padded(ids: Tensor) -> Support:
@@ -74,23 +152,42 @@ class Support(NamedTuple):
         flat = _check.tensor("mask", mask).reshape(-1, mask.shape[-1])
         if flat.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {flat.dtype}")
-        return Support(flat.nonzero()[:, 1].to(torch.int32), _offsets(flat.sum(-1)))
+        return Support(_ids(flat), _offsets(flat.sum(-1)))
 
     @staticmethod
     def from_bits(bits: Tensor, vocab_size: int) -> Support:
-        """From a bitmask int32 [..., ceil(V/32)]: bit i of word w is token 32·w + i."""
+        """From int32 [..., ceil(V/32)] or uint8 [..., ceil(V/8)]: as `to_bits` makes them."""
         words = _check.tensor("bits", bits).reshape(-1, bits.shape[-1])
-        if words.dtype != torch.int32 or 32 * words.shape[-1] < vocab_size:
+        size = 8 * words.dtype.itemsize
+        if words.dtype not in (torch.int32, torch.uint8) or size * words.shape[-1] < vocab_size:
             raise ValueError(
-                f"bits must be int32 [..., {-(-vocab_size // 32)}] for vocab_size {vocab_size}, "
+                f"bits must be int32 [..., {-(-vocab_size // 32)}] or uint8 "
+                f"[..., {-(-vocab_size // 8)}] for vocab_size {vocab_size}, "
                 f"got {words.dtype} {list(bits.shape)}"
             )
-        shifts = torch.arange(32, device=words.device, dtype=torch.int32)
-        mask = (words[..., None] >> shifts & 1).flatten(-2)[:, :vocab_size].bool()
-        return Support.from_mask(mask)
+        return Support.from_mask(_unpack(words, vocab_size))
 
 
 _LAST = torch.iinfo(torch.int32).max
+
+
+def _ids(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 1].to(torch.int32)
+
+
+def _unpack(bits: Tensor, vocab: int) -> Tensor:
+    """bool [B, V] from words [B, ≥ V / bits of a word]."""
+    shifts = torch.arange(8 * bits.dtype.itemsize, device=bits.device, dtype=bits.dtype)
+    return (bits[..., None] >> shifts & 1).flatten(-2)[:, :vocab].bool()
+
+
+def _integers(name: str, x, device) -> Tensor:
+    x = torch.as_tensor(x, device=device)
+    if x.numel() == 0:
+        x = x.to(torch.int64)
+    if x.dim() != 1 or x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be one-dimensional integers, got {x.dtype} {list(x.shape)}")
+    return x.to(torch.int64)
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -113,8 +210,10 @@ def check(
             f"support must be a pyrlk.Support or None, got {type(support).__name__}; "
             "see Support.from_lists, from_padded, from_mask, from_bits"
         )
+    if support.bits is not None and z.device.type == "cpu":
+        support = support.trim()
     ids, offsets = (
-        _check.like(f"support.{n}", getattr(support, n), z, other_name) for n in support._fields
+        _check.like(f"support.{n}", getattr(support, n), z, other_name) for n in ("ids", "offsets")
     )
     if ids.dtype != torch.int32 or ids.dim() != 1 or not ids.is_contiguous():
         raise TypeError(
@@ -143,7 +242,7 @@ def check_values(kept: Support | None, vocab: int) -> None:
     """On CPU: offsets rise from 0 within ids; ids lie in [0, vocab) and ascend in a row."""
     if kept is None:
         return
-    ids, offsets = kept
+    ids, offsets = kept.ids, kept.offsets
     fall = offsets[1:] < offsets[:-1]
     if int(offsets[0]) != 0 or bool(fall.any()) or int(offsets[-1]) > ids.numel():
         raise ValueError(
@@ -171,7 +270,7 @@ def take(kept: Support | None, rows: slice | Tensor) -> Support | None:
     """
     if kept is None:
         return None
-    ids, offsets = kept
+    ids, offsets = kept.ids, kept.offsets
     if isinstance(rows, slice):
         return Support(ids, offsets[rows.start : rows.stop + 1])
     first, last = offsets[:-1][rows], offsets[1:][rows]
@@ -187,7 +286,7 @@ def take(kept: Support | None, rows: slice | Tensor) -> Support | None:
 
 def columns(kept: Support, first: int, end: int) -> Support:
     """The kept ids in [first, end), numbered from first on; never waits for the device."""
-    ids, offsets = kept
+    ids, offsets = kept.ids, kept.offsets
     inside = (ids >= first) & (ids < end)
     before = _offsets(inside)
     slots = torch.where(inside, before[:-1], ids.numel())
@@ -217,7 +316,7 @@ def holds(kept: Support, tokens: Tensor) -> Tensor:
 
 def sound(kept: Support, vocab: int) -> Tensor:
     """bool [T]: `check_values` of each row, without waiting for the device."""
-    ids, offsets = kept
+    ids, offsets = kept.ids, kept.offsets
     first, last = offsets[:-1], offsets[1:]
     right = (first >= 0) & (first <= last) & (last <= ids.numel())
     row, slots = _row_of(kept), torch.arange(ids.numel(), device=ids.device)

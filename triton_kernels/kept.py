@@ -19,8 +19,8 @@ TILE = 1024
 
 
 def split(kept):
-    """(ids, offsets, N) of a `kept` argument: (ids, offsets), or None."""
-    return (None, None, 0) if kept is None else (*kept, kept[0].numel())
+    """(ids, offsets, N) of a `kept` argument: (ids, offsets, …), or None."""
+    return (None, None, 0) if kept is None else (kept[0], kept[1], kept[0].numel())
 
 
 @triton.jit

@@ -68,7 +68,8 @@ struct SampleArgs {
   Rows logits;
   const float *temperature, *top_p, *min_p;
   const int64_t *top_k, *seed, *position;
-  bool joint;
+  const uint32_t* allowed;  // [rows, ceil(vocab / 32)] bits, or null: all
+  bool joint, keep_ties;
   int64_t* token;
   float *logprob, *full_logprob;
   int32_t* kept;

@@ -2,16 +2,18 @@
 //
 //   mass w_i = floor(2^44 · 2^y_i): integers, so that no order of summation changes a bit
 //   top-p    the shortest prefix with mass ≥ max(1, ceil(P·Z / 2^32)), P = floor(p·2^32)
-//   draw     u = 64 Philox bits; the first kept id, ascending, whose running mass exceeds u·Z /
-//   2^64
+//   draw     u = 64 Philox bits; the first kept id, ascending, whose running mass exceeds u·Z/2^64
 //
 // No sort of V: a bound on the logits of the kept set (top-k: from group maxima; top-p: tokens
 // below m − τ·ln(n/(1−p)) weigh less than 1−p together; min-p: its definition) leaves few
-// candidates.
+// candidates. A prefix is then found digit by digit of its last key, with one histogram of counts
+// or masses a digit, so that rows where the bound leaves everything cost a few sweeps more.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -48,75 +50,160 @@ uint64_t needed_mass(float p, uint64_t total) {
   return std::max<uint64_t>(1, uint64_t((product + 0xffffffffu) >> 32));
 }
 
-// Ascending in this key is the total order: logit descending, then id ascending; −0 equals +0.
-uint64_t order_key(float z, int32_t id) {
-  uint32_t u = bits_of(z + 0.0f);
-  u = u & 0x80000000u ? ~u : u | 0x80000000u;
-  return uint64_t(~u) << 32 | uint32_t(id);
+// Ascending in this key is the order of the logits, descending; −0 equals +0.
+uint32_t order_key(float z) {
+  const uint32_t u = bits_of(z + 0.0f);
+  return ~(u & 0x80000000u ? ~u : u | 0x80000000u);
 }
 
-struct Candidate {
-  uint64_t key, mass;
-  bool operator<(const Candidate& other) const { return key < other.key; }
+// A prefix of the order: the keys below `cut`, and of those at it the `ties` lowest ids.
+struct Prefix {
+  uint32_t cut = std::numeric_limits<uint32_t>::max();
+  int64_t ties = std::numeric_limits<int64_t>::max();
 };
-
-// Length of the shortest prefix (in order) of c[0, n) whose mass reaches `need`; reorders c so that
-// this prefix comes first. All of c if its mass is short.
-int64_t mass_prefix(Candidate* c, int64_t n, uint64_t need) {
-  int64_t first = 0, last = n;
-  uint64_t before = 0;
-  while (last - first > 64) {
-    const int64_t middle = first + (last - first) / 2;
-    std::nth_element(c + first, c + middle, c + last);
-    uint64_t half = 0;
-    for (int64_t i = first; i < middle; ++i) half += c[i].mass;
-    if (before + half >= need) {
-      last = middle;
-    } else {
-      before += half;
-      first = middle;
-    }
-  }
-  std::sort(c + first, c + last);
-  while (first < last) {
-    before += c[first++].mass;
-    if (before >= need) return first;
-  }
-  return last;
+Prefix shorter(Prefix a, Prefix b) {
+  return std::pair(a.cut, a.ties) < std::pair(b.cut, b.ties) ? a : b;
 }
 
 struct Params {
   float temperature, top_p, min_p;
   int64_t top_k;
-  bool joint;
+  bool joint, keep_ties;
   bool valid() const {
     return temperature >= 0.0f && temperature < kInfinity && top_p >= 0.0f && top_p <= 1.0f &&
            min_p >= 0.0f && min_p <= 1.0f;
   }
 };
 
-// Buffers of one thread, reused from row to row.
+// Buffers of one row at a time, reused from row to row.
 struct Scratch {
   std::vector<float> row, group_max, sorted_max, kept_logits;
   std::vector<int32_t> ids;
-  std::vector<uint64_t> masses, tiles;
-  std::vector<Candidate> candidates;
+  std::vector<uint32_t> keys, digit_keys;
+  std::vector<uint64_t> masses, digit_masses, histogram, tiles;
+  std::vector<RowStats> tile_stats;
 };
+
+// Parts worth a thread each: on busy cores a barrier costs more than a small region's work.
+int useful_parts(int64_t elements, int parts) {
+  constexpr int64_t kElementsAThread = 1 << 15;
+  return int(std::clamp<int64_t>(elements / kElementsAThread, 1, parts));
+}
+
+// Calls body(begin, end, part) on `parts` ranges of whole tiles that make up [0, n), each by a
+// thread.
+template <class Body>
+void in_parts(int64_t n, int parts, Body body) {
+  const int64_t tiles = (n + kTile - 1) / kTile;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+  for (int part = 0; part < parts; ++part) {
+    const int64_t begin = tiles * part / parts * kTile;
+    const int64_t end = std::min(n, tiles * (part + 1) / parts * kTile);
+    if (begin < end) body(begin, end, part);
+  }
+}
+
+// The shortest prefix of keys[0, n), in any order, whose mass reaches `need` ≥ 1; all if none does.
+// A null mass counts 1 a key.
+Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_t n, uint64_t need,
+                       bool keep_ties, Scratch& s) {
+  if (n == 0) return {};
+  uint32_t low = keys[0], high = keys[0];
+  for (int64_t i = 0; i < n; ++i) {
+    low = std::min(low, keys[i]);
+    high = std::max(high, keys[i]);
+  }
+  s.digit_keys.resize(n);
+  s.digit_masses.resize(mass != nullptr ? n : 0);
+  uint64_t before = 0;  // mass of the keys below low
+  for (;;) {
+    const int wanted = n < 2048 ? 8 : 11, width = high == low ? 0 : 32 - __builtin_clz(high - low);
+    const int shift = std::max(0, width - wanted);
+    s.histogram.assign(((high - low) >> shift) + 1, 0);
+    uint64_t* h = s.histogram.data();
+    if (mass != nullptr) {
+      for (int64_t i = 0; i < n; ++i) h[(keys[i] - low) >> shift] += mass[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) ++h[(keys[i] - low) >> shift];
+    }
+    const uint32_t digits = uint32_t(s.histogram.size());
+    uint32_t digit = 0;
+    while (digit < digits && before + h[digit] < need) before += h[digit++];
+    if (digit == digits) return {};
+    if (shift == 0) {
+      const uint32_t cut = low + digit;
+      if (keep_ties) return {cut, Prefix{}.ties};
+      const uint64_t each = mass != nullptr ? mass[std::find(keys, keys + n, cut) - keys] : 1;
+      return {cut, int64_t((need - before + each - 1) / each)};
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool inside = (keys[i] - low) >> shift == digit;
+      s.digit_keys[count] = keys[i];
+      if (mass != nullptr) s.digit_masses[count] = mass[i];
+      count += inside;
+    }
+    n = count;
+    keys = s.digit_keys.data();
+    if (mass != nullptr) mass = s.digit_masses.data();
+    low += digit << shift;
+    high = low + (1u << shift) - 1;
+  }
+}
+
+// Mass of a prefix of keys[0, n).
+uint64_t mass_of(const Prefix& prefix, const uint32_t* keys, const uint64_t* mass, int64_t n) {
+  uint64_t below = 0, each = 0;
+  int64_t tied = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (keys[i] < prefix.cut) below += mass[i];
+    if (keys[i] == prefix.cut) {
+      ++tied;
+      each = mass[i];
+    }
+  }
+  return below + each * uint64_t(std::min(tied, prefix.ties));
+}
 
 // A float at or below x: thresholds only ever admit more candidates than needed.
 float round_down(double x) {
   return std::nextafterf(float(std::max(x, -double(std::numeric_limits<float>::max()))),
                          -kInfinity);
 }
+// The least float at or above x.
+float round_up(double x) {
+  const float y = float(x);
+  return y < x ? std::nextafterf(y, kInfinity) : y;
+}
 
-// Ids of the kept set, ascending, into s.ids; z is the row in float32 without +inf.
-void keep(const float* z, int64_t n, float m, float c, const Params& p, Scratch& s) {
+// Ids of z_i ≥ bound, ascending, into s.ids.
+void select(const float* z, int64_t n, float bound, int parts, Scratch& s) {
+  const auto above = std::count_if(s.group_max.begin(), s.group_max.end(),
+                                   [&](float group) { return group >= bound; });
+  parts = useful_parts(above * kLanes, parts);
+  // A part writes where its range begins, and may write up to kLanes entries of no meaning more.
+  s.ids.resize(n + parts * kLanes);
+  std::vector<std::pair<int32_t*, int64_t>> found(parts, {s.ids.data(), 0});
+  in_parts(n, parts, [&](int64_t begin, int64_t end, int part) {
+    int32_t* out = s.ids.data() + begin + part * kLanes;
+    const float* group_max = s.group_max.data() + begin / kLanes;
+    const int64_t count = row_kernels().select(z + begin, end - begin, group_max, bound, out);
+    for (int64_t i = 0; i < count; ++i) out[i] += int32_t(begin);
+    found[part] = {out, count};
+  });
+  int64_t total = found[0].second;
+  for (int part = 1; part < parts; ++part) {
+    std::copy_n(found[part].first, found[part].second, s.ids.data() + total);
+    total += found[part].second;
+  }
+  s.ids.resize(total);
+}
+
+// The kept set, ascending: ids into s.ids, logits into s.kept_logits; z is the row in float32
+// without +inf.
+void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts, Scratch& s) {
   const RowKernels& ops = row_kernels();
-  const int64_t groups = (n + kLanes - 1) / kLanes;
-  s.group_max.resize(groups);
-  s.ids.resize(n);
-  ops.group_max(z, n, s.group_max.data());
-
+  const int64_t groups = int64_t(s.group_max.size());
   const double tau = p.temperature;
   const bool top_k = p.top_k > 0 && p.top_k < n, top_p = p.top_p < 1.0f, min_p = p.min_p > 0.0f;
   const bool pool_is_top_k = top_k && !p.joint;
@@ -133,42 +220,105 @@ void keep(const float* z, int64_t n, float m, float c, const Params& p, Scratch&
     bound = std::max(bound, round_down(m - tau * tail));
   }
   if (min_p && !(top_p && pool_is_top_k)) bound = std::max(bound, round_down(floor));
+  select(z, n, bound, parts, s);
 
-  int64_t count = ops.select(z, n, s.group_max.data(), bound, s.ids.data());
-  s.ids.resize(count);
+  const int64_t count = int64_t(s.ids.size());
+  s.kept_logits.resize(count);
+  for (int64_t i = 0; i < count; ++i) s.kept_logits[i] = z[s.ids[i]];
   if (!top_k && !top_p && !min_p) return;
 
-  s.candidates.resize(count);
-  for (int64_t i = 0; i < count; ++i) s.candidates[i] = {order_key(z[s.ids[i]], s.ids[i]), 0};
-  Candidate* first = s.candidates.data();
-  if (top_p) {
-    s.kept_logits.resize(count);
-    s.masses.resize(count);
-    for (int64_t i = 0; i < count; ++i) s.kept_logits[i] = z[s.ids[i]];
-    ops.masses(s.kept_logits.data(), count, c, m, s.masses.data());
-    for (int64_t i = 0; i < count; ++i) first[i].mass = s.masses[i];
-  }
+  s.keys.resize(count);
+  for (int64_t i = 0; i < count; ++i) s.keys[i] = order_key(s.kept_logits[i]);
+  Prefix kept;
   if (top_k && count > p.top_k) {
-    std::nth_element(first, first + p.top_k, first + count);
-    count = p.top_k;
+    kept = shortest_prefix(s.keys.data(), nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
   }
   if (top_p) {
+    s.masses.resize(count);
+    in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
+      ops.masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
+    });
     uint64_t total = 0;
-    if (pool_is_top_k) {
-      for (int64_t i = 0; i < count; ++i) total += first[i].mass;
+    if (pool_is_top_k || count == n) {
+      const Prefix pool = pool_is_top_k ? kept : Prefix{};
+      total = mass_of(pool, s.keys.data(), s.masses.data(), count);
     } else {
       s.tiles.resize((n + kTile - 1) / kTile);
-      total = ops.tile_masses(z, n, c, m, s.tiles.data());
+      in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
+        ops.tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
+      });
+      total = std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
     }
-    count = mass_prefix(first, count, needed_mass(p.top_p, total));
+    kept = shorter(kept, shortest_prefix(s.keys.data(), s.masses.data(), count,
+                                         needed_mass(p.top_p, total), p.keep_ties, s));
   }
-  if (min_p) {
-    const auto inside = [&](const Candidate& x) { return z[uint32_t(x.key)] >= floor; };
-    count = std::max<int64_t>(1, std::partition(first, first + count, inside) - first);
+  if (min_p) kept = shorter(kept, {order_key(round_up(floor)), Prefix{}.ties});
+
+  int64_t size = 0, tied = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = s.keys[i];
+    const bool stays = key < kept.cut || (key == kept.cut && tied < kept.ties);
+    tied += key == kept.cut;
+    s.ids[size] = s.ids[i];
+    s.kept_logits[size] = s.kept_logits[i];
+    size += stays;
   }
-  const uint64_t last = std::max_element(first, first + count)->key;
-  const auto dropped = [&](int32_t id) { return order_key(z[id], id) > last; };
-  s.ids.erase(std::remove_if(s.ids.begin(), s.ids.end(), dropped), s.ids.end());
+  s.ids.resize(size);
+  s.kept_logits.resize(size);
+}
+
+// out[begin, begin + size) of the row in float32.
+void to_floats(const void* logits, DType dtype, int64_t begin, int64_t size, float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      std::copy_n(static_cast<const float*>(logits) + begin, size, out + begin);
+      break;
+    case DType::kFloat64:
+      std::copy_n(static_cast<const double*>(logits) + begin, size, out + begin);
+      break;
+    default:
+      row_kernels().widen[int(dtype)](static_cast<const uint16_t*>(logits) + begin, size,
+                                      out + begin);
+  }
+}
+
+// −inf where a bit of `allowed` is 0; begin is a multiple of 32.
+void forbid(const uint32_t* allowed, int64_t begin, int64_t size, float* z) {
+  const int64_t end = begin + size;
+  for (int64_t i = begin; i < end; i += 32) {
+    const uint32_t word = allowed[i / 32];
+    if (word == 0xffffffffu) continue;
+    for (int64_t j = i; j < std::min(i + 32, end); ++j) {
+      if ((word >> (j - i) & 1) == 0) z[j] = -kInfinity;
+    }
+  }
+}
+
+// One sweep over a row: its float32 form z (−inf where a bit of `allowed` is 0; the row itself
+// where it is that already), the maxima of its groups, and its statistics as row_stats() has them.
+struct Sweep {
+  const float* z;
+  RowStats stats;
+};
+Sweep sweep(const void* logits, DType dtype, int64_t n, const uint32_t* allowed, double tau,
+            int parts, Scratch& s) {
+  const RowKernels& ops = row_kernels();
+  const float c = exponent_scale(tau);
+  const bool copied = dtype != DType::kFloat32 || allowed != nullptr;
+  if (copied) s.row.resize(n);
+  const float* z = copied ? s.row.data() : static_cast<const float*>(logits);
+  s.group_max.resize((n + kLanes - 1) / kLanes);
+  s.tile_stats.resize((n + kTile - 1) / kTile);
+  in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; i += kTile) {
+      const int64_t size = std::min(kTile, end - i);
+      if (copied) to_floats(logits, dtype, i, size, s.row.data());
+      if (allowed != nullptr) forbid(allowed, i, size, s.row.data());
+      ops.stats[0](z + i, size, c, false, &s.tile_stats[i / kTile]);
+      ops.group_max(z + i, size, s.group_max.data() + i / kLanes);
+    }
+  });
+  return {z, combine(s.tile_stats.data(), int64_t(s.tile_stats.size()), DType::kFloat32, tau)};
 }
 
 struct RowDraw {
@@ -178,8 +328,8 @@ struct RowDraw {
   uint8_t status = 0;
 };
 
-RowDraw sample_row(const void* logits, DType dtype, int64_t n, const Params& p, uint64_t seed,
-                   uint64_t position, Scratch& s) {
+RowDraw sample_row(const void* logits, DType dtype, int64_t n, const uint32_t* allowed,
+                   const Params& p, uint64_t seed, uint64_t position, int parts, Scratch& s) {
   const RowKernels& ops = row_kernels();
   RowDraw draw;
   s.ids.clear();
@@ -187,26 +337,17 @@ RowDraw sample_row(const void* logits, DType dtype, int64_t n, const Params& p, 
     draw.status = kInvalid;
     return draw;
   }
-  const float* z = static_cast<const float*>(logits);
-  if (dtype != DType::kFloat32) {
-    s.row.resize(n);
-    if (dtype == DType::kFloat64) {
-      std::copy_n(static_cast<const double*>(logits), n, s.row.data());
-    } else {
-      ops.widen[int(dtype)](logits, n, s.row.data());
-    }
-    z = s.row.data();
-  }
   const bool greedy = p.temperature == 0.0f;
   const double tau = greedy ? 1.0 : p.temperature;
-  RowStats full = row_stats(z, DType::kFloat32, n, tau, false);
+  auto [z, full] = sweep(logits, dtype, n, allowed, tau, parts, s);
   if (full.nan) draw.status |= kNan;
   if (full.max == kInfinity) {  // the +inf logits share the top equally; nothing else has mass
     draw.status |= kInf;
     s.row.resize(n);
     for (int64_t i = 0; i < n; ++i) s.row[i] = z[i] == kInfinity ? 0.0f : -kInfinity;
-    z = s.row.data();
-    full = row_stats(z, DType::kFloat32, n, tau, false);
+    const Sweep top = sweep(s.row.data(), DType::kFloat32, n, nullptr, tau, parts, s);
+    z = top.z;
+    full = top.stats;
   }
   full.nan = false;
   if (full.max == -kInfinity) {
@@ -222,10 +363,8 @@ RowDraw sample_row(const void* logits, DType dtype, int64_t n, const Params& p, 
     return draw;
   }
 
-  keep(z, n, m, c, p, s);
+  keep(z, n, m, c, p, parts, s);
   const int64_t kept = int64_t(s.ids.size());
-  s.kept_logits.resize(kept);
-  for (int64_t i = 0; i < kept; ++i) s.kept_logits[i] = z[s.ids[i]];
   s.tiles.resize((kept + kTile - 1) / kTile);
   uint64_t left = high_product(uniform_bits(seed, position),
                                ops.tile_masses(s.kept_logits.data(), kept, c, m, s.tiles.data()));
@@ -253,14 +392,19 @@ RowDraw sample_row(const void* logits, DType dtype, int64_t n, const Params& p, 
 
 int64_t sample(const SampleArgs& a, int threads) {
   const Rows& z = a.logits;
-#pragma omp parallel num_threads(row_threads(z, threads))
+  // Few rows are shared among the threads one after the other, many are dealt out to them.
+  const int within = useful_parts(z.vocab, usable_threads(threads));
+  const int parts = within > z.count ? within : 1;
+  const int64_t words = (z.vocab + 31) / 32;
+#pragma omp parallel num_threads(parts > 1 ? 1 : row_threads(z, threads))
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < z.count; ++b) {
-      const Params p{a.temperature[b], a.top_p[b], a.min_p[b], a.top_k[b], a.joint};
-      const RowDraw draw = sample_row(z.row(b), z.dtype, z.vocab, p, uint64_t(a.seed[b]),
-                                      uint64_t(a.position[b]), scratch);
+      const Params p{a.temperature[b], a.top_p[b], a.min_p[b], a.top_k[b], a.joint, a.keep_ties};
+      const uint32_t* allowed = a.allowed == nullptr ? nullptr : a.allowed + b * words;
+      const RowDraw draw = sample_row(z.row(b), z.dtype, z.vocab, allowed, p, uint64_t(a.seed[b]),
+                                      uint64_t(a.position[b]), parts, scratch);
       a.token[b] = draw.token;
       a.logprob[b] = float(draw.logprob);
       a.full_logprob[b] = float(draw.full_logprob);

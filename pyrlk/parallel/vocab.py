@@ -53,7 +53,9 @@ class Layout(NamedTuple):
 
 
 # By group, then by the width of this rank's shard and the guess.
-_layouts: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Layout]] = weakref.WeakKeyDictionary()
+_layouts: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Layout]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def find(name: str, x: Any, dim: int, group: Any) -> tuple[Any, Shard]:
@@ -175,27 +177,23 @@ def _meet(local, at: Actions, shard: Shard, width: int, like: Tensor):
         _support.check_values(at.kept, at.vocab or (1 << 31) - 1)
     group = _group(shard)
     known, key = _layouts.setdefault(group, {}), (width, shard.guess)
-    layout = known.get(key)
-    trusted = layout is not None and like.is_cuda
-    if like.is_cuda and layout is None and torch.cuda.is_current_stream_capturing():
+    trusted = key in known and like.is_cuda
+    if like.is_cuda and not trusted and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call once with this group before the capture: the ranks have not met")
-    if layout is not None:
-        first = layout.first
-    else:
-        first = dist.get_rank(group) * width if shard.guess < 0 else shard.guess
+    guess = dist.get_rank(group) * width if shard.guess < 0 else shard.guess
+    layout = known.get(key, Layout(guess, 0))
     while True:
-        payload = _payload(at, width, first, trusted, like)
-        _statistics(local, columns(at, first, width), payload[_HEADER:])
+        payload = _payload(at, width, layout.first, trusted, like)
+        _statistics(local, columns(at, layout.first, width), payload[_HEADER:])
         table = payload.new_empty((dist.get_world_size(group), *payload.shape))
         dist.all_gather(list(table.unbind(0)), payload, group=group)
         headers, parts = table[:, :_HEADER].flatten(1), table[:, _HEADER:]
         if trusted:
             break
-        layout, agreed = _layout(headers.tolist(), dist.get_rank(group))
+        layout, agreed = _layout(headers, dist.get_rank(group))
         if agreed:
             known[key] = layout
             break
-        first = layout.first
     if at.vocab > layout.total:
         raise ValueError(f"vocab_size must lie in [1, {layout.total}], got {at.vocab}")
     at = at._replace(vocab=at.vocab or layout.total)
@@ -205,8 +203,9 @@ def _meet(local, at: Actions, shard: Shard, width: int, like: Tensor):
     return parts, layout, wrong_tokens(at.tokens, at.kept, at.vocab) | ~_agree(headers)
 
 
-def _group(shard: Shard):
-    return dist.distributed_c10d._resolve_process_group(shard.group)
+def _group(shard: Shard) -> Any:
+    name: Any = shard.group
+    return dist.distributed_c10d._resolve_process_group(name)
 
 
 def _payload(at: Actions, width: int, first: int, trusted: bool, like: Tensor) -> Tensor:
@@ -223,8 +222,9 @@ def _payload(at: Actions, width: int, first: int, trusted: bool, like: Tensor) -
     return payload
 
 
-def _layout(headers: list[list[float]], rank: int) -> tuple[Layout, bool]:
-    """(this rank's layout, whether every rank had assumed its own) from what they sent."""
+def _layout(table: Tensor, rank: int) -> tuple[Layout, bool]:
+    """(this rank's layout, whether every rank had assumed its own), read on the host."""
+    headers = table.tolist()
     for i, name in ((3, "vocab_size"), (4, "the number of tokens"), (_DIGEST, "tokens")):
         if any(header[i] != headers[0][i] for header in headers):
             raise ValueError(f"{name} must be the same on every rank of group")
@@ -261,7 +261,7 @@ def _anywhere(at: Actions) -> Actions:
     """Any column in place of a token of another rank: its logit is not used."""
     other = torch.zeros_like(at.tokens)
     if at.kept is not None:
-        ids, offsets = at.kept
+        ids, offsets = at.kept.ids, at.kept.offsets
         start = offsets[:-1]
         some = ids[start.clamp(max=ids.numel() - 1)].long() if ids.numel() else other
         other = torch.where(offsets[1:] > start, some, -100)

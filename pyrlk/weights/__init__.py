@@ -13,6 +13,7 @@ from .errors import (
     ChecksumMismatch,
     DtypeMismatch,
     EngineDirty,
+    ManifestUnknown,
     MissingName,
     PeerLost,
     ProtocolError,
@@ -26,6 +27,7 @@ from .errors import (
 )
 from .publisher import Local, Publisher, UpdateReport
 from .receiver import Receiver
+from .sglang import SGLang
 
 __all__ = [
     "ApplyFailed",
@@ -34,11 +36,13 @@ __all__ = [
     "DtypeMismatch",
     "EngineDirty",
     "Local",
+    "ManifestUnknown",
     "MissingName",
     "PeerLost",
     "ProtocolError",
     "Publisher",
     "Receiver",
+    "SGLang",
     "ShapeMismatch",
     "StagingError",
     "StaleVersion",

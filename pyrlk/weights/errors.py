@@ -108,6 +108,12 @@ class StagingError(UpdateError):
     code = 15
 
 
+class ManifestUnknown(UpdateError):
+    """The engine's names cannot be learnt, and it would swallow or die of a wrong one."""
+
+    code = 16
+
+
 _BY_CODE = {
     kind.code: kind
     for kind in (
@@ -126,6 +132,7 @@ _BY_CODE = {
         PeerLost,
         Timeout,
         StagingError,
+        ManifestUnknown,
     )
 }
 

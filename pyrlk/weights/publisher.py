@@ -8,6 +8,7 @@ APPLIED   the receiver's version is the new one
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import secrets
@@ -16,6 +17,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +30,60 @@ from .wire import Frame, Type
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | nn.Module
 
 
+SELECTORS = ("all", "target", "draft")
+
+
 @dataclass(frozen=True)
-class Local:
+class Outcome:
+    """How an engine took the tensors of an update; see UpdateReport."""
+
+    mode: str
+    names_from: str
+    tensors: int
+    planned: int
+    fallback: dict[str, str]
+
+
+class Session(Protocol):
+    """A connection to an engine. In an update: begin, stage, send; each may raise."""
+
+    settled: bool  # nothing of a transaction is under way
+    handed_over: bool  # the engine may have begun to copy
+
+    @property
+    def boot(self) -> bytes: ...  # another one means a restarted engine
+    def alive(self) -> bool: ...
+    def begin(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+    ) -> None: ...
+    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
+    def send(
+        self, layout: layouts.Layout, tensors: list[tuple[str, Tensor]], verify: bool, clock: Clock
+    ) -> wire.Applied: ...
+    def outcome(self, layout: layouts.Layout) -> Outcome: ...
+    def close(self) -> None: ...  # politely
+    def abandon(self) -> None: ...  # at once
+
+
+class Target(abc.ABC):
+    """Where weights go."""
+
+    @abc.abstractmethod
+    def open(self, patience: float, timeout: float) -> Session:
+        """Connect, waiting up to `patience` seconds for an engine that is still starting."""
+
+
+@dataclass(frozen=True)
+class Local(Target):
     """A `Receiver` on this machine, by the path of its socket."""
 
     socket_path: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        wire.check_path(self.socket_path)
+
+    def open(self, patience: float, timeout: float) -> Session:
+        return _Session(wire.check_path(self.socket_path), patience, timeout)
 
 
 @dataclass
@@ -48,8 +99,9 @@ class UpdateReport:
     bytes : handed over; an alias counts once
     buckets : staging buckets they took
     seconds : by stage; `verify` and `copy` were spent by the receiver, inside `wait`
-    mode : "bucket": packed into staging buckets
-    names_from : what names were checked against: "module", "expected" or "unchecked"
+    mode : "bucket": packed into staging buckets; "plan": and replayed by SGLang's loader
+    names_from : what names were checked against: "module", "expected", "expect", "checkpoint",
+        "engine" or "unchecked"
     """
 
     version: int
@@ -82,7 +134,7 @@ class Publisher:
 
     Parameters
     ----------
-    target : Local
+    target : Local or SGLang
         The engine.
     bucket_bytes : int
         Largest staging bucket; a larger tensor gets a bucket of its own.
@@ -101,22 +153,24 @@ class Publisher:
 
     def __init__(
         self,
-        target: Local,
+        target: Target,
         *,
         bucket_bytes: int = 512 << 20,
         buffers: int = 2,
         verify: str = "copy",
         timeout: float = 30.0,
     ):
-        if not isinstance(target, Local):
-            raise TypeError(f"target must be weights.Local, got {type(target).__name__}")
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"target must be weights.Local or weights.SGLang, got {type(target).__name__}"
+            )
         _check_int("bucket_bytes", bucket_bytes, 1, 1 << 46)
         _check_int("buffers", buffers, 1, wire.MAX_SLOTS)
         if verify not in ("copy", "off"):
             raise ValueError(f'verify must be "copy" or "off", got {verify!r}')
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        self._path = wire.check_path(target.socket_path)
+        self._target = target
         self._bucket_bytes = bucket_bytes
         self._buffers = buffers
         self._verify = verify == "copy"
@@ -126,11 +180,16 @@ class Publisher:
         self._closed = False
         self._layout: tuple[list[layouts.Spec], layouts.Layout] | None = None
         self._boot: bytes | None = None  # of the engine that took our last update
-        self._holder: list[_Session] = []  # at most one; shared with the finalizer
+        self._holder: list[Session] = []  # at most one; shared with the finalizer
         self._finalizer = weakref.finalize(self, _close_sessions, self._holder, self._pid)
 
     def update(
-        self, named_tensors: NamedTensors, *, version: int, partial: bool = False
+        self,
+        named_tensors: NamedTensors,
+        *,
+        version: int,
+        partial: bool = False,
+        selector: str = "all",
     ) -> UpdateReport:
         """Make the engine's weights equal to `named_tensors`, under the number `version`.
 
@@ -142,6 +201,8 @@ class Publisher:
             Must rise from update to update.
         partial : bool
             Allow names to be left out; the engine keeps those weights.
+        selector : {"all", "target", "draft"}
+            Which models of a speculating SGLang take the tensors.
 
         Raises
         ------
@@ -155,21 +216,23 @@ class Publisher:
         _check_int("version", version, 0, 1 << 62)
         if not isinstance(partial, bool):
             raise TypeError(f"partial must be a bool, got {type(partial).__name__}")
+        if selector not in SELECTORS:
+            raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
         with self._lock:
             self._check_usable()
-            clock = _Clock()
+            clock = Clock()
             tensors = _collect(named_tensors)
             device = memory.placement(tensors)
             layout = self._plan(tensors)
             clock.lap("plan")
             session = self._connected()
             clock.lap("connect")
-            if partial and self._boot not in (None, session.welcome.boot):
+            if partial and self._boot not in (None, session.boot):
                 raise EngineDirty(
                     "the engine was restarted and has lost its version: send a full update first"
                 )
             try:
-                session.begin(layout, version, partial, self._verify)
+                session.begin(layout, version, partial, self._verify, selector)
                 clock.lap("check")
                 session.stage(layout, device, self._buffers)
                 clock.lap("stage")
@@ -180,7 +243,7 @@ class Publisher:
                 if isinstance(error, PeerLost | Timeout):
                     error.dirty = session.handed_over  # nobody is left to ask
                 raise
-            self._boot = session.welcome.boot
+            self._boot = session.boot
             clock.seconds["verify"] = applied.verify_seconds
             clock.seconds["copy"] = applied.copy_seconds
             return self._report(layout, session, version, clock)
@@ -209,34 +272,34 @@ class Publisher:
             self._layout = specs, layouts.plan(specs, self._bucket_bytes)
         return self._layout[1]
 
-    def _connected(self) -> _Session:
-        if self._holder and not self._holder[0].channel.alive():
+    def _connected(self) -> Session:
+        if self._holder and not self._holder[0].alive():
             self._drop(self._holder[0])
         if not self._holder:
             # A first engine may still be starting; one that was here and is gone is an error now.
             patience = self._timeout if self._boot is None else 0.0
-            self._holder.append(_Session(self._path, patience, self._timeout))
+            self._holder.append(self._target.open(patience, self._timeout))
         return self._holder[0]
 
-    def _drop(self, session: _Session) -> None:
+    def _drop(self, session: Session) -> None:
         self._holder.clear()
         session.abandon()
 
     def _report(
-        self, layout: layouts.Layout, session: _Session, version: int, clock: _Clock
+        self, layout: layouts.Layout, session: Session, version: int, clock: Clock
     ) -> UpdateReport:
-        straight = session.welcome.names_from == "module"
-        names = [entry.name for entry in layout.entries]
+        outcome = session.outcome(layout)
         clock.seconds["total"] = clock.total()
         return UpdateReport(
             version=version,
-            tensors=len(names),
-            planned=len(names) if straight else 0,
-            fallback={} if straight else dict.fromkeys(names, "the receiver has a load_weights"),
+            tensors=outcome.tensors,
+            planned=outcome.planned,
+            fallback=outcome.fallback,
             bytes=layout.nbytes,
             buckets=len(layout.buckets),
             seconds=clock.seconds,
-            names_from=session.welcome.names_from,
+            mode=outcome.mode,
+            names_from=outcome.names_from,
         )
 
 
@@ -260,8 +323,30 @@ class _Session:
             self.channel.close()
             raise
 
-    def begin(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+    @property
+    def boot(self) -> bytes:
+        return self.welcome.boot
+
+    def alive(self) -> bool:
+        return self.channel.alive()
+
+    def outcome(self, layout: layouts.Layout) -> Outcome:
+        straight = self.welcome.names_from == "module"
+        names = [entry.name for entry in layout.entries]
+        return Outcome(
+            mode="bucket",
+            names_from=self.welcome.names_from,
+            tensors=len(names),
+            planned=len(names) if straight else 0,
+            fallback={} if straight else dict.fromkeys(names, "the receiver has a load_weights"),
+        )
+
+    def begin(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+    ) -> None:
         """Let the receiver judge the manifest; raises what it found."""
+        if selector != "all":
+            raise Unsupported(f"a Receiver has one model: selector {selector!r} is SGLang's")
         self._transaction += 1
         self.settled = self.handed_over = False
         fds = []
@@ -316,7 +401,7 @@ class _Session:
         layout: layouts.Layout,
         tensors: list[tuple[str, Tensor]],
         verify: bool,
-        clock: _Clock,
+        clock: Clock,
     ) -> wire.Applied:
         """Pack and hand over every bucket; returns when the receiver serves the new version."""
         threads = torch.get_num_threads()
@@ -383,13 +468,13 @@ class _Session:
 _LEAKED: list[memory.Ring] = []
 
 
-def _close_sessions(holder: list[_Session], pid: int) -> None:
+def _close_sessions(holder: list[Session], pid: int) -> None:
     if os.getpid() == pid:
         while holder:
             holder.pop().close()
 
 
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:
