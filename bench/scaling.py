@@ -61,7 +61,7 @@ def sweep(name: str, shapes: list[tuple[int, int]], device: str, rounds: int) ->
     pool = memory(max(r * v for r, v in shapes), device)
     cases = {f"{r}×{v}": Shape(pool, r, v) for r, v in shapes}
     largest = cases[f"{shapes[-1][0]}×{shapes[-1][1]}"]
-    row = {"op": name, "shape": list(shapes[-1]), "dtype": "float32"}
+    row: dict = {"op": name, "shape": list(shapes[-1]), "dtype": "float32"}
     row["loss_error"] = gate(largest.logits)
     if row["loss_error"] > 1e-6:
         return row | {"failed": "correctness gate: no times are reported"}

@@ -134,7 +134,8 @@ def empty_gradient(logits: Tensor) -> Tensor:
     unless PYRLK_WARM_GRADIENTS=0.
     """
     if (
-        logits.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and logits.device.type == "cpu"
         and not isinstance(logits, FakeTensor)
         and logits.nbytes >= _WARM_BYTES
         and os.environ.get("PYRLK_WARM_GRADIENTS") != "0"

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
 from .errors import EngineDirty, StagingError, StaleVersion, Unsupported, UpdateError
-from .publisher import Clock, Outcome, Session, Target
+from .publisher import Clock, Outcome, Plan, Session, Target
 from .sglang_server import DIRTY, LOADER, Info, Lock, Server
 
 _MODES = ("auto", "bucket", "plan")
@@ -91,7 +90,7 @@ class SGLang(Target):
             return BucketSession(self, server, info)
         from .sglang_plan import PlanSession
 
-        return PlanSession(self, server, info)
+        return PlanSession(self, server, info, timeout)
 
 
 class ServerSession:
@@ -109,6 +108,7 @@ class ServerSession:
         self._lock = Lock(server.url)
         self._manifest: manifest.Manifest | None = None
         self._chosen: list[list[int]] = []
+        self._sent: tuple[layouts.Layout, bool, layouts.Layout] | None = None
         self._selector = "all"
         self._version = -1
         self._begun = False
@@ -141,9 +141,7 @@ class ServerSession:
             )
         if not dirty and current.isdecimal() and version <= int(current):
             raise StaleVersion(f"version {version} is not above {current}, which the server has")
-        self._chosen = self._names().select(
-            layout, partial, manifest.engine_dtype(self._info.dtype)
-        )
+        sent = self._select(layout, partial)
         self._selector, self._version = selector, version
         self.settled = self.handed_over = self._begun = False
         with self._undoing(None if dirty else current):
@@ -153,7 +151,7 @@ class ServerSession:
             self._durable = self._server.set_version(f"{DIRTY}{version}")
             self._server.begin(selector, recover=dirty)
             self._begun = True
-            self._opened(layout, version, partial, verify)
+            self._opened(sent, version, partial, verify)
         self._previous = None if dirty else current
 
     def outcome(self, layout: layouts.Layout) -> Outcome:
@@ -165,6 +163,9 @@ class ServerSession:
             planned=0,
             fallback=dict.fromkeys(names, "bucket mode: SGLang's load_weights"),
         )
+
+    def release_staging(self) -> None:
+        """Nothing is kept between updates, unless a mode says so."""
 
     def close(self) -> None:
         self.abandon()
@@ -206,7 +207,17 @@ class ServerSession:
 
     def _restarted(self, info: Info) -> None:
         self._info = info
-        self._manifest = None
+        self._manifest = self._sent = None
+
+    def _select(self, layout: layouts.Layout, partial: bool) -> layouts.Layout:
+        """The layout without the names that the engine need not hear of."""
+        if self._sent is None or self._sent[0] is not layout or self._sent[1] is not partial:
+            dtype = manifest.engine_dtype(self._info.dtype)
+            self._chosen = self._names().select(layout, partial, dtype)
+            keep = {i for part in self._chosen for i in part}
+            entries = tuple(e for i, e in enumerate(layout.entries) if i in keep or not e.nbytes)
+            self._sent = layout, partial, layouts.Layout(entries, layout.buckets)
+        return self._sent[2]
 
     def _names(self) -> manifest.Manifest:
         if self._manifest is None:
@@ -238,20 +249,14 @@ class BucketSession(ServerSession):
         with self._undoing(self._previous):
             self._segment = _shared_segment(layout.slot_bytes)
 
-    def send(
-        self,
-        layout: layouts.Layout,
-        tensors: list[tuple[str, Tensor]],
-        verify: bool,
-        clock: Clock,
-    ) -> wire.Applied:
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         threads = torch.get_num_threads()
-        last = len(layout.pieces) - 1
-        for bucket, pieces in enumerate(layout.pieces):
+        layout = plan.layout
+        last = len(plan.copies) - 1
+        for bucket, copies in enumerate(plan.copies):
             assert self._segment is not None
-            sources = [(tensors[i][1], layout.entries[i].offset) for i in pieces]
             with self._undoing(self._previous):
-                self._segment.pack(sources, checksum=False, threads=threads)
+                self._segment.pack(copies, checksum=False, threads=threads)
                 entries = [layout.entries[i] for i in self._chosen[bucket]]
                 flat = self._segment.flat[: layout.buckets[bucket]]
                 payloads = [
@@ -267,6 +272,9 @@ class BucketSession(ServerSession):
             self._finish()
         clock.lap("finish")
         return wire.Applied(self._version, 0.0, 0.0)
+
+    def release_staging(self) -> None:
+        self._release()
 
     def abandon(self) -> None:
         super().abandon()
