@@ -26,6 +26,7 @@ LAYERS = [
     {"_check", "_op", "objective", "reference"},
     {
         "support",
+        "_rows",
         "_plan",
         "_head",
         "logprob",
@@ -191,6 +192,8 @@ HOST = {
         "mask_values", "cu_seqlens_values", "temperature_values", "normalizer_value", "bad_token"
     },
     "_op": {"_scale_cpu"},
+    "_rows": set(),
+    "parallel.vocab": {"_layout"},  # in a group's first call with a layout
 }  # fmt: skip
 
 
