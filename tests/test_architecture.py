@@ -211,7 +211,7 @@ def test_the_cuda_path_never_waits_for_the_device(name):
                 assert called.attr not in SYNCHRONISES, f"{name}.{function.name}: .{called.attr}()"
 
 
-FLAGS = {"temperature", "joint", "keep_ties"}
+FLAGS = {"temperature", "joint", "keep_ties", "exact"}
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if top(n) == "triton_kernels"])
