@@ -1,11 +1,11 @@
-# demo · test · test-gpu · test-peers · bench · lint · docs: each sets up what it needs in .venv.
+# demo · test · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo test test-gpu test-peers bench bench-gpu lint docs clean
+.PHONY: setup build demo test test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -23,7 +23,21 @@ demo: build
 	$(BIN)/pyrlk demo $(ARGS)
 
 test: build
-	$(BIN)/pytest tests -m "not gpu and not peers" $(ARGS)
+	$(BIN)/pytest tests -m "not gpu and not peers and not endurance" $(ARGS)
+
+# Faults a hundred times each, ten thousand updates, a million frames.
+test-endurance: build
+	$(BIN)/pytest tests -m endurance --timeout 7200 $(ARGS)
+
+# The C++ tests under each sanitizer; OpenMP on std::thread for TSan (csrc/tests/gomp_threads.cpp).
+SANITIZERS ?= address,undefined thread
+test-sanitize: $(READY)
+	for kind in $(SANITIZERS); do \
+	  cmake -S csrc -B build/sanitize-$$kind -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DPYRLK_PYTHON=OFF -DPYRLK_TESTS=ON -DPYRLK_SANITIZE=$$kind && \
+	  cmake --build build/sanitize-$$kind && \
+	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	done
 
 test-gpu: build
 	$(BIN)/pytest tests -m gpu $(ARGS)

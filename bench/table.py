@@ -61,6 +61,10 @@ def _cells(row: dict) -> list[list[str]]:
             [f"{row['op']}, drop-in", shape, dtype, ms["drop_in"],
              f"{row['drop_in_over_fresh']:.2f}× allocate + copy{peers}", error],
         ]  # fmt: skip
+    if "kernel" in ms:
+        kernel = f"{row['times']['kernel']['ms']:.4f}"
+        ratio = f"{row['over_copy']:.2f}× a warm copy"
+        return [[row["op"], shape, dtype, kernel, ratio, f"{row['gradient_error']:.1e}"]]
     if "linear" in ms:
         memory = row["unfused_peak_bytes"] / max(1, row["linear_peak_bytes"])
         ratio = (
@@ -68,6 +72,16 @@ def _cells(row: dict) -> list[list[str]]:
             f"{row['unfused_over_linear']:.2f}×, and {memory:.1f}× the memory"
         )
         return [[row["op"], shape, dtype, ms["linear"], ratio, f"{row['gradient_error']:.1e}"]]
+    if "memcpy" in ms:
+        rate = f"memcpy takes {row['memcpy_over_pack']:.2f}×; {row['gb_per_s']:.1f} GB/s"
+        plain = f"memcpy takes {row['memcpy_over_pack_no_sum']:.2f}×"
+        return [
+            [f"{row['op']} with sums", shape, dtype, ms["pack"], rate, "bit-exact"],
+            [f"{row['op']} without", shape, dtype, ms["pack_no_sum"], plain, "bit-exact"],
+        ]
+    if "mapping" in ms:
+        stages = f"plan {ms['plan']}, check {ms['check']}, copy {ms['copy']} ms"
+        return [[row["op"], shape, dtype, ms["module"], stages, "bit-exact"]]
     ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
     return [
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",

@@ -253,67 +253,74 @@ void bind_memory(py::module_& module) {
   using Address = std::uint64_t;
   using Sums = std::vector<std::uint64_t>;
   static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
-  // An array("Q"): of each tensor address, offset, itemsize, ndim, sizes, strides. Thousands of
-  // tensors as Python tuples would set off the garbage collector in every update.
-  static const auto to_pieces = [](const py::buffer& buffer) {
+  // Two array("Q"): of each tensor offset, itemsize, ndim, sizes, strides, the same in every
+  // update; and the addresses. Thousands of tensors as Python tuples would set off the garbage
+  // collector.
+  static const auto numbers = [](const py::buffer& buffer) {
     const py::buffer_info info = buffer.request();
     if (info.itemsize != 8 || info.ndim != 1) throw py::value_error("wanted an array('Q')");
     const auto* at = static_cast<const std::int64_t*>(info.ptr);
-    const auto* end = at + info.size;
+    return std::make_pair(at, at + info.size);
+  };
+  static const auto to_pieces = [](const py::buffer& forms, const py::buffer& addresses) {
+    auto [at, end] = numbers(forms);
+    auto [address, last] = numbers(addresses);
     std::vector<pyrlk::Piece> pieces;
+    pieces.reserve(static_cast<std::size_t>(last - address));
     while (at != end) {
-      if (end - at < 4 || at[3] < 0 || at[3] > pyrlk::kMaxDims || end - at < 4 + 2 * at[3]) {
-        throw py::value_error(
-            "a piece has address, offset, itemsize, ndim (at most 16), sizes, "
-            "strides");
+      if (end - at < 3 || at[2] < 0 || at[2] > pyrlk::kMaxDims || end - at < 3 + 2 * at[2]) {
+        throw py::value_error("a piece has offset, itemsize, ndim (at most 16), sizes, strides");
       }
+      if (address == last) throw py::value_error("fewer addresses than pieces");
       pyrlk::Piece piece{};
-      piece.data = pointer(static_cast<Address>(at[0]));
-      piece.offset = static_cast<std::uint64_t>(at[1]);
-      piece.itemsize = static_cast<std::int32_t>(at[2]);
-      piece.ndim = static_cast<std::int32_t>(at[3]);
-      std::copy_n(at + 4, piece.ndim, piece.sizes);
-      std::copy_n(at + 4 + piece.ndim, piece.ndim, piece.strides);
+      piece.data = pointer(static_cast<Address>(*address++));
+      piece.offset = static_cast<std::uint64_t>(at[0]);
+      piece.itemsize = static_cast<std::int32_t>(at[1]);
+      piece.ndim = static_cast<std::int32_t>(at[2]);
+      std::copy_n(at + 3, piece.ndim, piece.sizes);
+      std::copy_n(at + 3 + piece.ndim, piece.ndim, piece.strides);
       pieces.push_back(piece);
-      at += 4 + 2 * piece.ndim;
+      at += 3 + 2 * piece.ndim;
     }
+    if (address != last) throw py::value_error("more addresses than pieces");
     return pieces;
   };
 
   module.def("usable_threads", &pyrlk::usable_threads, py::arg("requested"));
   module.def(
       "pack",
-      [](Address buffer, std::uint64_t bytes, const py::buffer& items, bool checksum, int threads) {
-        const auto pieces = to_pieces(items);
+      [](Address buffer, std::uint64_t bytes, const py::buffer& forms, const py::buffer& addresses,
+         bool checksum, int threads) {
+        const auto pieces = to_pieces(forms, addresses);
         Sums sums(checksum ? pieces.size() : 0);
         const py::gil_scoped_release nogil;
         pyrlk::pack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
                     checksum ? sums.data() : nullptr);
         return sums;
       },
-      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("pieces"), py::arg("checksum"),
-      py::arg("threads"));
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),
+      py::arg("checksum"), py::arg("threads"));
   module.def(
       "unpack",
-      [](Address buffer, std::uint64_t bytes, const py::buffer& items, bool checksum, int threads) {
-        const auto pieces = to_pieces(items);
+      [](Address buffer, std::uint64_t bytes, const py::buffer& forms, const py::buffer& addresses,
+         bool checksum, int threads) {
+        const auto pieces = to_pieces(forms, addresses);
         Sums sums(checksum ? pieces.size() : 0);
         const py::gil_scoped_release nogil;
         pyrlk::unpack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
                       checksum ? sums.data() : nullptr);
         return sums;
       },
-      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("pieces"), py::arg("checksum"),
-      py::arg("threads"));
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),
+      py::arg("checksum"), py::arg("threads"));
   module.def(
       "checksum",
-      [](Address buffer, std::uint64_t bytes, const std::vector<std::uint64_t>& items,
-         int threads) {
-        if (items.size() % 2 != 0) throw py::value_error("ranges are pairs of offset and bytes");
+      [](Address buffer, std::uint64_t bytes, const py::buffer& items, int threads) {
+        auto [at, end] = numbers(items);
+        if ((end - at) % 2 != 0) throw py::value_error("ranges are pairs of offset and bytes");
         std::vector<pyrlk::Range> ranges;
-        ranges.reserve(items.size() / 2);
-        for (std::size_t i = 0; i < items.size(); i += 2) {
-          ranges.push_back({items[i], items[i + 1]});
+        for (; at != end; at += 2) {
+          ranges.push_back({static_cast<std::uint64_t>(at[0]), static_cast<std::uint64_t>(at[1])});
         }
         Sums sums(ranges.size());
         const py::gil_scoped_release nogil;

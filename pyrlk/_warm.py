@@ -20,8 +20,13 @@ def empty_like(x: Tensor, code: int) -> Tensor:
 
     Warm where it is large, on the CPU, and PYRLK_WARM_GRADIENTS is not 0.
     """
-    plain = x.device.type != "cpu" or isinstance(x, FakeTensor) or x.nbytes < WARM_BYTES
-    if not plain and os.environ.get("PYRLK_WARM_GRADIENTS") != "0":
+    if (
+        not torch.compiler.is_compiling()  # first: a traced length must not become a branch
+        and x.device.type == "cpu"
+        and not isinstance(x, FakeTensor)
+        and x.nbytes >= WARM_BYTES
+        and os.environ.get("PYRLK_WARM_GRADIENTS") != "0"
+    ):
         made = _C.warm_tensor(x.shape, code)
         if made is not None:
             return from_dlpack(made)

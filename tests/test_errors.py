@@ -377,6 +377,11 @@ FULL = {
     pyrlk.reinforce_grad: {
         "logits": z(), "tokens": ids(), "advantages": f(), "temperature": 1.0, "out": z(),
     },
+    pyrlk.mtp_loss: {
+        **HEAD, "depth": 1, "mask": torch.ones(B, L), "cu_seqlens": None, "kind": "ce",
+        "teacher_hidden": None, "detach_weight": True, "group": None, "chunk": 2,
+        "return_stats": False,
+    },
     pyrlk.normalizer: {
         "mask": f().abs(), "objective": DAPO(), "group": None, "micro_batches": 1,
         "averaged": True,

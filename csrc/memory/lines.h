@@ -7,11 +7,17 @@
 namespace pyrlk {
 
 // `bytes` from src to dst with the sum of pack.h; src[0] belongs to word `first`, a multiple of 16.
-// dst null: sum only. stream: non-temporal stores (dst must lie on a 64-byte boundary).
+// stream: non-temporal stores (dst must lie on a 64-byte boundary). `next` is read after this range
+// and is only prefetched: any address will do.
+using SumLines = std::uint64_t (*)(const char* src, std::size_t bytes, std::uint64_t first,
+                                   const char* next);
+using CopyLines = std::uint64_t (*)(char* dst, const char* src, std::size_t bytes,
+                                    std::uint64_t first, const char* next);
 struct LineOps {
-  std::uint64_t (*sum)(const char* src, std::size_t bytes, std::uint64_t first);
-  std::uint64_t (*copy_sum)(char* dst, const char* src, std::size_t bytes, std::uint64_t first);
-  std::uint64_t (*stream_sum)(char* dst, const char* src, std::size_t bytes, std::uint64_t first);
+  SumLines sum;
+  CopyLines copy_sum;
+  CopyLines stream_sum;
+  CopyLines stream;  // a plain copy: returns 0
 };
 
 const LineOps& lines_base();

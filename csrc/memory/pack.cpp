@@ -17,6 +17,7 @@ namespace {
 // A grain is what one thread does at a stretch: small enough to share the work evenly, large enough
 // that its bookkeeping vanishes. A multiple of 64, so that every grain starts on a whole line.
 constexpr std::uint64_t kGrain = 1 << 20;
+constexpr std::uint64_t kLine = 64;
 // Strided data goes through tiles that stay in the first-level cache between copy and sum.
 constexpr std::uint64_t kTile = 16 << 10;
 // Below this one thread is done within a millisecond, and waiting for others on a busy machine can
@@ -141,37 +142,46 @@ void copy_strided(Task task, const Walk& walk, std::uint64_t begin, std::uint64_
 
 bool on_line(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 64 == 0; }
 
-// One grain of one piece; returns its share of the piece's sum.
-std::uint64_t do_grain(Task task, const LineOps& ops, const Walk& walk, std::uint64_t begin,
-                       std::uint64_t end, bool stream, bool want_sum) {
-  if (task == Task::kSum) return ops.sum(walk.flat + begin, end - begin, begin / 4);
+// Logical bytes [begin, end) of one piece; returns their share of the piece's sum.
+std::uint64_t do_range(Task task, const LineOps& ops, const Walk& walk, std::uint64_t begin,
+                       std::uint64_t end, const char* next, bool stream, bool want_sum) {
+  const std::uint64_t bytes = end - begin;
+  if (task == Task::kSum) return ops.sum(walk.flat + begin, bytes, begin / 4, next);
   if (walk.ndim == 0) {
     char* dst = (task == Task::kPack ? walk.flat : walk.data) + begin;
     const char* src = (task == Task::kPack ? walk.data : walk.flat) + begin;
-    if (stream && on_line(dst)) return ops.stream_sum(dst, src, end - begin, begin / 4);
-    if (want_sum) return ops.copy_sum(dst, src, end - begin, begin / 4);
-    std::memcpy(dst, src, end - begin);
+    if (stream && on_line(dst)) {
+      return (want_sum ? ops.stream_sum : ops.stream)(dst, src, bytes, begin / 4, next);
+    }
+    if (want_sum) return ops.copy_sum(dst, src, bytes, begin / 4, next);
+    std::memcpy(dst, src, bytes);
     return 0;
   }
   std::uint64_t sum = 0;
   for (std::uint64_t at = begin; at < end; at += kTile) {
     const std::uint64_t stop = std::min(end, at + kTile);
     copy_strided(task, walk, at, stop);
-    if (want_sum) sum += ops.sum(walk.flat + at, stop - at, at / 4);
+    if (want_sum) sum += ops.sum(walk.flat + at, stop - at, at / 4, walk.flat + stop);
   }
   return sum;
 }
 
+const char* source(Task task, const Walk& walk) {
+  return task == Task::kPack ? walk.data : walk.flat;
+}
+
+// Threads take grains of equal bytes, however many tensors those are: grain g holds the bytes
+// [g, g + 1)·kGrain of all pieces one after another, where every piece counts in whole lines, so
+// that a cut never falls inside one.
 void run(Task task, const std::vector<Walk>& walks, int threads, std::uint64_t* sums) {
-  // first[i]: number of the first grain of piece i.
-  std::vector<std::uint64_t> first(walks.size() + 1, 0);
+  std::vector<std::uint64_t> start(walks.size() + 1, 0);
   std::uint64_t bytes = 0;
   for (std::size_t i = 0; i < walks.size(); ++i) {
-    first[i + 1] = first[i] + (walks[i].bytes + kGrain - 1) / kGrain;
+    start[i + 1] = start[i] + (walks[i].bytes + kLine - 1) / kLine * kLine;
     bytes += walks[i].bytes;
     if (sums != nullptr) sums[i] = 0;
   }
-  const auto grains = static_cast<std::int64_t>(first.back());
+  const auto grains = static_cast<std::int64_t>((start.back() + kGrain - 1) / kGrain);
   if (grains == 0) return;
   threads = bytes < kSerial ? 1 : usable_threads(threads);
   threads = static_cast<int>(std::min<std::int64_t>(threads, grains));
@@ -179,13 +189,21 @@ void run(Task task, const std::vector<Walk>& walks, int threads, std::uint64_t* 
   const LineOps& ops = lines();
 
   auto grain = [&](std::int64_t g) {
-    const auto it = std::upper_bound(first.begin(), first.end(), static_cast<std::uint64_t>(g));
-    const std::size_t i = static_cast<std::size_t>(it - first.begin()) - 1;
-    const std::uint64_t begin = (static_cast<std::uint64_t>(g) - first[i]) * kGrain;
-    const std::uint64_t end = std::min(walks[i].bytes, begin + kGrain);
-    const std::uint64_t part = do_grain(task, ops, walks[i], begin, end, stream, sums != nullptr);
-    // Addition mod 2^64 commutes: the order in which threads arrive does not matter.
-    if (sums != nullptr) __atomic_fetch_add(&sums[i], part, __ATOMIC_RELAXED);
+    const std::uint64_t begin = static_cast<std::uint64_t>(g) * kGrain;
+    const std::uint64_t end = std::min(begin + kGrain, start.back());
+    // The last piece that starts at or before `begin`: empty ones share its start and come first.
+    const auto it = std::upper_bound(start.begin(), start.end(), begin);
+    for (auto i = static_cast<std::size_t>(it - start.begin()) - 1; start[i] < end; ++i) {
+      const std::uint64_t from = std::max(begin, start[i]) - start[i];
+      const std::uint64_t to = std::min(walks[i].bytes, end - start[i]);
+      if (from == to) continue;  // an empty piece, perhaps without an address
+      const char* next = to < walks[i].bytes || i + 1 == walks.size() ? source(task, walks[i]) + to
+                                                                      : source(task, walks[i + 1]);
+      const std::uint64_t part =
+          do_range(task, ops, walks[i], from, to, next, stream, sums != nullptr);
+      // Addition mod 2^64 commutes: the order in which threads arrive does not matter.
+      if (sums != nullptr) __atomic_fetch_add(&sums[i], part, __ATOMIC_RELAXED);
+    }
   };
   // A region of one thread still enters OpenMP, which a forked child must not.
   if (threads == 1) {

@@ -76,11 +76,15 @@ void every_variant_equals_the_definition() {
       const std::uint64_t want = truth(data.data() + 1, bytes);
       alignas(64) unsigned char copy[384] = {};
       const char* src = reinterpret_cast<const char*>(data.data() + 1);
-      CHECK(ops->sum(src, bytes, 0) == want);
-      CHECK(ops->copy_sum(reinterpret_cast<char*>(copy), src, bytes, 0) == want);
+      CHECK(ops->sum(src, bytes, 0, src) == want);
+      CHECK(ops->copy_sum(reinterpret_cast<char*>(copy), src, bytes, 0, src) == want);
       CHECK(std::memcmp(copy, data.data() + 1, bytes) == 0);
       std::memset(copy, 0, sizeof copy);
-      CHECK(ops->stream_sum(reinterpret_cast<char*>(copy), src, bytes, 0) == want);
+      CHECK(ops->stream_sum(reinterpret_cast<char*>(copy), src, bytes, 0, src) == want);
+      CHECK(std::memcmp(copy, data.data() + 1, bytes) == 0);
+      CHECK(copy[bytes] == 0);
+      std::memset(copy, 0, sizeof copy);
+      ops->stream(reinterpret_cast<char*>(copy), src, bytes, 0, src);
       CHECK(std::memcmp(copy, data.data() + 1, bytes) == 0);
       CHECK(copy[bytes] == 0);
     }
@@ -92,7 +96,7 @@ void sums_are_additive_over_ranges() {
   const char* src = reinterpret_cast<const char*>(data.data());
   for (const LineOps* ops : variants()) {
     for (std::size_t cut = 0; cut < 5000; cut += 64) {
-      CHECK(ops->sum(src, cut, 0) + ops->sum(src + cut, 5000 - cut, cut / 4) ==
+      CHECK(ops->sum(src, cut, 0, src) + ops->sum(src + cut, 5000 - cut, cut / 4, nullptr) ==
             truth(data.data(), 5000));
     }
   }
@@ -148,6 +152,37 @@ void pack_and_unpack_invert_each_other() {
     std::vector<unsigned char> plain(offset, 0xee);
     pack(plain.data(), offset, in.data(), in.size(), threads, nullptr);
     CHECK(plain == buffer);
+  }
+}
+
+// Thousands of pieces a grain, empty and odd ones among them; large ones that several threads cut.
+void many_pieces_are_divided_by_bytes() {
+  std::mt19937 random(7);
+  std::vector<std::vector<unsigned char>> sources;
+  for (int i = 0; i < 3000; ++i) sources.push_back(noise(random() % 9000, random()));
+  for (int i = 0; i < 3; ++i) sources.push_back(noise((3 << 20) + random() % 99, random()));
+  sources.emplace_back();
+  std::vector<Piece> pieces;
+  std::vector<Range> ranges;
+  std::uint64_t offset = 0;
+  for (auto& source : sources) {
+    pieces.push_back(flat_piece(source.data(), offset, static_cast<std::int64_t>(source.size())));
+    ranges.push_back({offset, source.size()});
+    offset = (offset + source.size() + 255) / 256 * 256;
+  }
+  for (const int threads : {1, 4}) {
+    std::vector<unsigned char> buffer(offset), plain(offset);
+    std::vector<std::uint64_t> packed(sources.size()), summed(sources.size());
+    pack(buffer.data(), offset, pieces.data(), pieces.size(), threads, packed.data());
+    pack(plain.data(), offset, pieces.data(), pieces.size(), threads, nullptr);
+    checksum(buffer.data(), offset, ranges.data(), ranges.size(), threads, summed.data());
+    CHECK(plain == buffer);
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      CHECK(std::equal(sources[i].begin(), sources[i].end(),
+                       buffer.begin() + static_cast<std::ptrdiff_t>(ranges[i].offset)));
+      CHECK(packed[i] == truth(sources[i].data(), sources[i].size()));
+      CHECK(summed[i] == packed[i]);
+    }
   }
 }
 
@@ -251,6 +286,7 @@ int main() {
   sums_are_additive_over_ranges();
   every_flipped_bit_and_swapped_pair_shows();
   pack_and_unpack_invert_each_other();
+  many_pieces_are_divided_by_bytes();
   strided_pieces_are_packed_in_logical_order<std::uint8_t>();
   strided_pieces_are_packed_in_logical_order<std::uint16_t>();
   strided_pieces_are_packed_in_logical_order<std::uint32_t>();

@@ -4,9 +4,11 @@
     publisher = Publisher(Local(path))                 receiver = Receiver(model, path)
     publisher.update(model, version=1)   ── handle ──▶ receiver.poll()    # between two rollouts
 
-layout (tensors → buckets) · memory (staging, handles) · wire (frames) · publisher · receiver
+gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames)
+publisher · receiver · sglang
 """
 
+from . import gather
 from .errors import (
     ApplyFailed,
     Busy,
@@ -25,7 +27,7 @@ from .errors import (
     Unsupported,
     UpdateError,
 )
-from .publisher import Local, Publisher, UpdateReport
+from .publisher import EngineReport, Local, Publisher, UpdateReport
 from .receiver import Receiver
 from .sglang import SGLang
 
@@ -35,6 +37,7 @@ __all__ = [
     "ChecksumMismatch",
     "DtypeMismatch",
     "EngineDirty",
+    "EngineReport",
     "Local",
     "ManifestUnknown",
     "MissingName",
@@ -51,4 +54,5 @@ __all__ = [
     "Unsupported",
     "UpdateError",
     "UpdateReport",
+    "gather",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from . import gather, memory
 from .errors import (
     ApplyFailed,
     ChecksumMismatch,
@@ -22,9 +22,9 @@ from .errors import (
     Unsupported,
 )
 from .layout import Entry, Layout
+from .source import ModuleState, Table
 
 LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], object]
-_Target = tuple[Tensor, Entry, int]  # where to, from where, and which sum of the bucket
 
 
 class ModuleEngine:
@@ -33,50 +33,98 @@ class ModuleEngine:
     names_from = "module"
 
     def __init__(self, module: nn.Module):
+        self._state = ModuleState(module)
         self._module = module
-        self._targets: list[list[_Target]] = []
+        self._checkpoint = gather.Checkpoint(module) if gather.is_hf(module) else None
+        self._plan: _Plan | None = None
 
+    @torch.no_grad()
     def check(self, layout: Layout, partial: bool) -> None:
         # Looked up anew at every update: an engine may rebind its parameters in between.
-        table = {n: t for n, t in self._module.state_dict().items() if isinstance(t, Tensor)}
-        places = {name: _place(tensor) for name, tensor in table.items()}
-        check_names(layout, table, partial, places)
-        sources: dict[tuple, Entry] = {}
-        targets: list[list[_Target]] = []
+        table = Table(self._tensors(layout))
+        plan = self._plan
+        if plan is not None and plan.fits(table, layout, partial):
+            plan.take(table)
+            return
+        self._plan = None
+        self._plan = _Plan(table, layout, partial)
+
+    def _tensors(self, layout: Layout) -> dict[str, Tensor]:
+        """The module's tensors, by its own names or, if those were sent, by its checkpoint's."""
+        own = self._state.tensors()
+        if self._checkpoint is None or all(entry.name in own for entry in layout.entries):
+            return own
+        return self._checkpoint.tensors()
+
+    @torch.no_grad()
+    def apply(
+        self, segment: memory.Segment, bucket: int, sums: tuple[int, ...], threads: int
+    ) -> None:
+        assert self._plan is not None  # check() comes first
+        copies = self._plan.copies[bucket]
+        copied = segment.unpack(copies, checksum=bool(sums), threads=threads)
+        segment.finish()
+        # The copy went past autograd: tell it, so that a saved tensor is known to be outdated.
+        changed = [t for t in copies.tensors if not t.is_inference()]
+        torch.autograd.graph.increment_version(changed)
+        for (entry, piece), got in zip(self._plan.sources[bucket], copied, strict=False):
+            if got != sums[piece]:
+                raise mismatch(entry, sums[piece], got, "was copied", dirty=True)
+
+    def release(self) -> None:
+        if self._plan is not None:
+            self._plan.forget_tensors()
+
+
+class _Plan:
+    """Which of the engine's tensors take which ranges; made once for a layout and its forms."""
+
+    def __init__(self, table: Table, layout: Layout, partial: bool):
+        table.note()
+        tensors = dict(zip(table.names, table.tensors, strict=True))
+        places = {name: _place(tensor) for name, tensor in tensors.items()}
+        check_names(layout, tensors, partial, places)
+        self.table, self.layout, self.partial = table, layout, partial
+        self.sources: list[list[tuple[Entry, int]]] = []  # from where, and which sum of the bucket
+        first: dict[tuple, Entry] = {}
         for bucket in layout.members:
-            targets.append([])
+            self.sources.append([])
             for piece, sharing in enumerate(bucket):
                 for entry in (layout.entries[i] for i in sharing):
-                    target = table[entry.name]
-                    if target.device.type == "meta" or _overlaps_itself(target):
+                    target = tensors[entry.name]
+                    if not _is_place(target):
                         raise Unsupported(
                             f"{entry.name!r}: the engine's tensor has no memory of its own"
                         )
-                    other = sources.setdefault(places[entry.name], entry)
+                    other = first.setdefault(places[entry.name], entry)
                     if other is entry:
-                        targets[-1].append((target, entry, piece))
+                        self.sources[-1].append((entry, piece))
                     elif (other.bucket, other.offset) != (entry.bucket, entry.offset):
                         raise Unsupported(
                             f"{other.name!r} and {entry.name!r} are tied in the engine but not "
                             "at the publisher: send one of them, or tie them there"
                         )
-        self._targets = targets
+        number = {name: i for i, name in enumerate(table.names)}
+        self._targets = [[number[entry.name] for entry, _ in s] for s in self.sources]
+        self.copies = [
+            memory.Copies([(tensors[entry.name], entry.offset) for entry, _ in source])
+            for source in self.sources
+        ]
 
-    def apply(
-        self, segment: memory.Segment, bucket: int, sums: tuple[int, ...], threads: int
-    ) -> None:
-        targets = self._targets[bucket]
-        placed = [(target, entry.offset) for target, entry, _ in targets]
-        copied = segment.unpack(placed, checksum=bool(sums), threads=threads)
-        segment.finish()
-        # The copy went past autograd: tell it, so that a saved tensor is known to be outdated.
-        torch.autograd.graph.increment_version([t for t, _ in placed if not t.is_inference()])
-        for (_, entry, piece), got in zip(targets, copied, strict=False):
-            if got != sums[piece]:
-                raise mismatch(entry, sums[piece], got, "was copied", dirty=True)
+    def fits(self, table: Table, layout: Layout, partial: bool) -> bool:
+        return layout is self.layout and partial is self.partial and table.fits(self.table)
 
-    def release(self) -> None:
-        self._targets = []
+    def take(self, table: Table) -> None:
+        """Another update of the same layout, onto tensors of the same forms."""
+        self.table.take(table)
+        for copies, targets in zip(self.copies, self._targets, strict=True):
+            addresses = [table.addresses[i] for i in targets]
+            copies.refill([table.tensors[i] for i in targets], addresses)
+
+    def forget_tensors(self) -> None:
+        self.table.forget_tensors()
+        for copies in self.copies:
+            copies.clear()
 
 
 class CallableEngine:
@@ -160,14 +208,18 @@ def mismatch(
 
 def _place(tensor: Tensor) -> tuple:
     """Equal for two names of one memory (tied weights), and for nothing else."""
-    if tensor.numel() == 0 or tensor.device.type == "meta":
+    if tensor.numel() == 0 or not _is_place(tensor):
         return (id(tensor),)
     shape = tuple(tensor.shape)
     return (tensor.device, tensor.data_ptr(), shape, tensor.stride(), tensor.dtype)
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
-    return any(z == 0 and n > 1 for n, z in zip(tensor.shape, tensor.stride(), strict=True))
+def _is_place(tensor: Tensor) -> bool:
+    """Whether values can be copied in: memory of its own, no element twice."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return False
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return not any(step == 0 and size > 1 for size, step in strides)
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

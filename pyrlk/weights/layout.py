@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -127,6 +128,14 @@ class Layout:
         return tuple(
             tuple(tuple(sharing[bucket, self.entries[i].offset]) for i in pieces)
             for bucket, pieces in enumerate(self.pieces)
+        )
+
+    @functools.cached_property
+    def ranges(self) -> tuple[array[int], ...]:
+        """Of each bucket, offset and bytes of each piece, one after the other."""
+        return tuple(
+            array("Q", [n for i in p for n in (self.entries[i].offset, self.entries[i].nbytes)])
+            for p in self.pieces
         )
 
     @functools.cached_property

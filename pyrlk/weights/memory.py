@@ -17,7 +17,7 @@ import os
 import secrets
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,37 @@ from pyrlk import _C
 from .errors import ProtocolError, StagingError, Unsupported
 
 Placed = tuple[Tensor, int]  # a tensor and its offset in the segment
+
+
+class Copies:
+    """Tensors and their places in a segment: all that a copy needs, worked out once.
+
+    From update to update only addresses change: `refill` takes other tensors of the same forms.
+    """
+
+    def __init__(self, placed: Sequence[Placed]):
+        self.tensors = [tensor for tensor, _ in placed]
+        self.offsets = [offset for _, offset in placed]
+        self.on_host = all(tensor.device.type == "cpu" for tensor in self.tensors)
+        self.forms = array("Q")  # see csrc/bindings.cpp
+        for tensor, offset in placed:
+            if tensor.is_contiguous():
+                self.forms.extend((offset, 1, 1, tensor.nbytes, 1))
+            else:
+                self.forms.extend((offset, tensor.element_size(), tensor.ndim))
+                self.forms.extend(tensor.shape)
+                self.forms.extend(tensor.stride())
+        self.addresses = array("Q")
+        if self.on_host:
+            self.addresses.extend(tensor.data_ptr() for tensor in self.tensors)
+
+    def refill(self, tensors: list[Tensor], addresses: Iterable[int]) -> None:
+        self.tensors = tensors
+        self.addresses = array("Q", addresses)
+
+    def clear(self) -> None:
+        """Keep no tensor alive."""
+        self.tensors = []
 
 
 class Kind(enum.IntEnum):
@@ -77,42 +108,42 @@ class Segment:
             count *= size
         return self.flat[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
 
-    def pack(self, sources: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
+    def pack(self, sources: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy tensors in; the sum of each, or an empty list."""
-        if self._by_address(sources):
-            pieces = _pieces(sources)
-            return _C.pack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
+        if self._on_host and sources.on_host:
+            forms, addresses = sources.forms, sources.addresses
+            return _C.pack(self.flat.data_ptr(), self.nbytes, forms, addresses, checksum, threads)
         sums = []
-        for tensor, offset in sources:
+        for tensor, offset in zip(sources.tensors, sources.offsets, strict=True):
             place = self.view(offset, tuple(tensor.shape), tensor.dtype)
             place.copy_(tensor)
             if checksum:
                 sums.append(_sum_of(self.flat[offset : offset + tensor.nbytes]))
         return _numbers(sums)
 
-    def sums(self, ranges: Sequence[tuple[int, int]], *, threads: int) -> list[int]:
-        """Sums of (offset, bytes) ranges, nothing copied."""
-        if self._by_address():
-            pairs = [number for pair in ranges for number in pair]
-            return _C.checksum(self.flat.data_ptr(), self.nbytes, pairs, threads)
-        return _numbers([_sum_of(self.flat[at : at + count]) for at, count in ranges])
+    def sums(self, ranges: array[int], *, threads: int) -> list[int]:
+        """Sums of ranges, nothing copied; offset and bytes of each one after the other."""
+        if self._on_host:
+            return _C.checksum(self.flat.data_ptr(), self.nbytes, ranges, threads)
+        pairs = zip(ranges[::2], ranges[1::2], strict=True)
+        return _numbers([_sum_of(self.flat[at : at + count]) for at, count in pairs])
 
-    def unpack(self, targets: Sequence[Placed], *, checksum: bool, threads: int) -> list[int]:
+    def unpack(self, targets: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
-        if self._by_address(targets):
-            pieces = _pieces(targets)
-            return _C.unpack(self.flat.data_ptr(), self.nbytes, pieces, checksum, threads)
+        if self._on_host and targets.on_host:
+            forms, addresses = targets.forms, targets.addresses
+            return _C.unpack(self.flat.data_ptr(), self.nbytes, forms, addresses, checksum, threads)
         sums = []
-        for tensor, offset in targets:
+        for tensor, offset in zip(targets.tensors, targets.offsets, strict=True):
             tensor.copy_(self.view(offset, tuple(tensor.shape), tensor.dtype))
             if checksum:
                 sums.append(_sum_of(tensor.contiguous().view(-1).view(torch.uint8)))
         return _numbers(sums)
 
-    def _by_address(self, tensors: Sequence[Placed] = ()) -> bool:
-        """Whether the C++ side can reach everything; torch copies what lies on a GPU."""
-        on_host = self.handle.kind is Kind.HOST
-        return on_host and all(tensor.device.type == "cpu" for tensor, _ in tensors)
+    @property
+    def _on_host(self) -> bool:
+        """Whether the C++ side can reach it; torch copies what lies on a GPU."""
+        return self.handle.kind is Kind.HOST
 
     def finish(self) -> None:
         """Return when every queued copy into or out of the segment is done."""
@@ -213,7 +244,7 @@ def open_segment(handle: Handle, fds: Sequence[int]) -> Segment:
     return Segment(handle, _host_tensor(address, handle.nbytes), lambda: None)
 
 
-def placement(tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
+def placement(tensors: Iterable[tuple[str, Tensor]]) -> torch.device:
     """Where to stage: the one GPU that holds tensors, else the host."""
     found = torch.device("cpu")
     for name, tensor in tensors:
@@ -279,19 +310,6 @@ class Ring:
     def close(self) -> None:
         for slot in self.slots:
             slot.segment.close()
-
-
-def _pieces(placed: Sequence[Placed]) -> array[int]:
-    """Addresses, offsets, sizes and strides for the C++ side."""
-    numbers = array("Q")
-    for tensor, offset in placed:
-        if tensor.is_contiguous():
-            numbers.extend((tensor.data_ptr(), offset, 1, 1, tensor.nbytes, 1))
-        else:
-            numbers.extend((tensor.data_ptr(), offset, tensor.element_size(), tensor.ndim))
-            numbers.extend(tensor.shape)
-            numbers.extend(tensor.stride())
-    return numbers
 
 
 _SUM_WORDS = 1 << 22

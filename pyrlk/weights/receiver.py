@@ -30,6 +30,7 @@ from .errors import (
     EngineDirty,
     PeerLost,
     ProtocolError,
+    StagingError,
     StaleVersion,
     UpdateError,
 )
@@ -171,13 +172,20 @@ class Receiver:
                 return None
             if self._session is not None and ready & set(self._session.channel.watched()):
                 return self._session.channel.recv(0.0)
-            self._accept()
+            if not self._accept():
+                return None
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Let a publisher in, or tell it that there is one; False if that cannot be done now."""
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
-            return
+            return True
+        except OSError as error:
+            # Out of descriptors: whoever knocks goes on waiting, and so does this side, a little.
+            self.last_error = StagingError(f"no socket: {error.strerror} (ulimit -n)")
+            time.sleep(0.01)
+            return False
         channel = wire.Channel(sock)
         if self._session is not None:
             error = Busy(f"{self._session.channel.peer} is this engine's publisher")
@@ -185,8 +193,9 @@ class Receiver:
                 failed = Frame(Type.FAILED, 0, wire.Failed.of(error).encode())
                 channel.send(failed, time.monotonic())
             channel.close()
-            return
+            return True
         self._session = _Session(channel)
+        return True
 
     def _greet(self, frame: Frame) -> None:
         """Answer what comes outside a transaction."""
@@ -197,9 +206,13 @@ class Receiver:
             welcome = wire.Welcome(self._boot, self.version, self.dirty, self._engine.names_from)
             self._send(Type.WELCOME, 0, welcome.encode())
             session.greeted = True
+        elif frame.type is Type.RETIRE and session.greeted:
+            session.close_segments()
+            self._send(Type.RETIRED, frame.transaction)
         elif frame.type is Type.CLOSE:
             session.close_segments()
-            self._send(Type.CLOSED, frame.transaction)
+            with contextlib.suppress(UpdateError):  # a publisher need not wait for the answer
+                self._send(Type.CLOSED, frame.transaction)
             self._drop(None)
         else:
             raise ProtocolError(f"{frame.type.name} outside an update")
@@ -403,8 +416,7 @@ class _owned:
 def _verify(
     segment: memory.Segment, layout: layouts.Layout, bucket: wire.Bucket, threads: int
 ) -> None:
-    pieces = [layout.entries[i] for i in layout.pieces[bucket.bucket]]
-    sums = segment.sums([(e.offset, e.nbytes) for e in pieces], threads=threads)
-    for entry, want, got in zip(pieces, bucket.sums, sums, strict=True):
+    sums = segment.sums(layout.ranges[bucket.bucket], threads=threads)
+    for piece, want, got in zip(layout.pieces[bucket.bucket], bucket.sums, sums, strict=True):
         if want != got:
-            raise mismatch(entry, want, got, "arrived")
+            raise mismatch(layout.entries[piece], want, got, "arrived")

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
 from .errors import EngineDirty, StagingError, StaleVersion, Unsupported, UpdateError
-from .publisher import Clock, Outcome, Session, Target
+from .publisher import Clock, Outcome, Plan, Session, Target
 from .sglang_server import DIRTY, LOADER, Info, Lock, Server
 
 _MODES = ("auto", "bucket", "plan")
@@ -166,6 +165,9 @@ class ServerSession:
             fallback=dict.fromkeys(names, "bucket mode: SGLang's load_weights"),
         )
 
+    def release_staging(self) -> None:
+        """Nothing is kept between updates, unless a mode says so."""
+
     def close(self) -> None:
         self.abandon()
 
@@ -238,20 +240,14 @@ class BucketSession(ServerSession):
         with self._undoing(self._previous):
             self._segment = _shared_segment(layout.slot_bytes)
 
-    def send(
-        self,
-        layout: layouts.Layout,
-        tensors: list[tuple[str, Tensor]],
-        verify: bool,
-        clock: Clock,
-    ) -> wire.Applied:
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         threads = torch.get_num_threads()
-        last = len(layout.pieces) - 1
-        for bucket, pieces in enumerate(layout.pieces):
+        layout = plan.layout
+        last = len(plan.copies) - 1
+        for bucket, copies in enumerate(plan.copies):
             assert self._segment is not None
-            sources = [(tensors[i][1], layout.entries[i].offset) for i in pieces]
             with self._undoing(self._previous):
-                self._segment.pack(sources, checksum=False, threads=threads)
+                self._segment.pack(copies, checksum=False, threads=threads)
                 entries = [layout.entries[i] for i in self._chosen[bucket]]
                 flat = self._segment.flat[: layout.buckets[bucket]]
                 payloads = [
@@ -267,6 +263,9 @@ class BucketSession(ServerSession):
             self._finish()
         clock.lap("finish")
         return wire.Applied(self._version, 0.0, 0.0)
+
+    def release_staging(self) -> None:
+        self._release()
 
     def abandon(self) -> None:
         super().abandon()

@@ -164,7 +164,7 @@ def corrupt_bucket(monkeypatch, number: int) -> None:
     def pack(self, sources, **kwargs):
         sums = packed(self, sources, **kwargs)
         if next(count) == number:
-            self.flat[sources[-1][1]] ^= 4
+            self.flat[sources.offsets[-1]] ^= 4
         return sums
 
     monkeypatch.setattr(memory.Segment, "pack", pack)
@@ -364,7 +364,10 @@ def test_bad_options_are_named(socket_path, options, error, message):
 
 
 def test_bad_arguments_are_named(socket_path):
-    with pytest.raises(TypeError, match=r"target must be weights\.Local, got str"):
+    with pytest.raises(
+        TypeError,
+        match=r"target must be weights\.Local or weights\.SGLang, or a list of them, got str",
+    ):
         weights.Publisher(socket_path)
     with pytest.raises(TypeError, match="model_or_load_weights must be an"):
         weights.Receiver(3, socket_path)

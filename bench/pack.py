@@ -1,0 +1,161 @@
+"""Weights into staging memory: 18,867 tensors of Qwen3-30B-A3B's shapes, every size an eighth.
+
+Limit, measured in the same rounds: one memcpy of as many bytes, split evenly over as many threads.
+Beside it the way of a bucket of torch: flatten, cat, copy. And the whole of an update, between two
+processes, of 3,000 small tensors, where the bytes cost nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from pyrlk import weights
+from pyrlk.weights import memory
+
+from .measure import Timing, interleaved
+
+LAYERS, EXPERTS, SCALE = 48, 128, 8
+
+
+def qwen3_moe_shapes(layers: int) -> list[tuple[int, ...]]:
+    """Of every tensor of Qwen3-30B-A3B (hidden 2048, experts of 768), divided by SCALE."""
+    hidden, inner, vocab = 2048 // SCALE, 768 // SCALE, 151936 // SCALE
+    query, key, head = 4096 // SCALE, 512 // SCALE, 128 // SCALE
+    layer: list[tuple[int, ...]] = [(query, hidden), (key, hidden), (key, hidden), (hidden, query)]
+    layer += [(head,), (head,), (hidden,), (hidden,), (EXPERTS, hidden)]
+    layer += [(inner, hidden), (inner, hidden), (hidden, inner)] * EXPERTS
+    return [(vocab, hidden), *layer * layers, (hidden,), (vocab, hidden)]
+
+
+def pack(layers: int, *, rounds: int) -> dict:
+    """One row: pack with and without its sums against one memcpy."""
+    tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in qwen3_moe_shapes(layers)]
+    g = torch.Generator().manual_seed(0)
+    for tensor in tensors:
+        tensor.view(torch.int16).random_(generator=g)
+    placed, end = [], 0
+    for tensor in tensors:
+        placed.append((tensor, end))
+        end = (end + tensor.nbytes + 255) // 256 * 256
+    segment = memory.Host(end)
+    copies = memory.Copies(placed)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    threads = torch.get_num_threads()
+    sums = segment.pack(copies, checksum=True, threads=threads)
+    flat = [(t.view(-1).view(torch.uint8), at) for t, at in placed]
+    exact = all(torch.equal(segment.flat[at : at + t.numel()], t) for t, at in flat)
+    exact &= sums == [memory._sum_of(t).item() % 2**64 for t, _ in flat]
+    row = {"op": "pack", "shape": [len(tensors)], "dtype": "bfloat16", "bit_exact": exact}
+    if not exact:
+        return row | {"failed": "correctness gate: no times are reported"}
+    source = torch.cat([t.view(-1) for t in tensors]).view(torch.uint8)
+    with ThreadPoolExecutor(threads) as pool:
+        times = interleaved(
+            {
+                "memcpy": lambda: _memcpy(pool, threads, segment.flat, source),
+                "pack": lambda: segment.pack(copies, checksum=True, threads=threads),
+                "pack_no_sum": lambda: segment.pack(copies, checksum=False, threads=threads),
+                "torch_cat": lambda: _cat(segment.flat, tensors),
+            },
+            rounds=rounds,
+        )
+    return row | {
+        "bytes": nbytes,
+        "threads": threads,
+        "times": {side: t.as_dict() for side, t in times.items()},
+        "memcpy_over_pack": times["memcpy"].over(times["pack"]),
+        "memcpy_over_pack_no_sum": times["memcpy"].over(times["pack_no_sum"]),
+        "gb_per_s": 2 * nbytes / times["pack"].median / 1e6,
+    }
+
+
+def _memcpy(pool: ThreadPoolExecutor, threads: int, out: Tensor, source: Tensor) -> None:
+    """ctypes.memmove is the C library's, and runs without the interpreter's lock."""
+    cuts = [source.numel() * i // threads for i in range(threads + 1)]
+    jobs = [
+        pool.submit(ctypes.memmove, out.data_ptr() + begin, source.data_ptr() + begin, end - begin)
+        for begin, end in itertools.pairwise(cuts)
+    ]
+    for job in jobs:
+        job.result()
+
+
+def _cat(out: Tensor, tensors: list[Tensor]) -> None:
+    flat = torch.cat([t.flatten().view(torch.uint8) for t in tensors])
+    out[: flat.numel()].copy_(flat)
+
+
+class Small(nn.Module):
+    """`count` weights of a few hundred bytes, thirty a layer."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ParameterList([torch.randn(16, 16 + i % 3) for i in range(30)])
+            for _ in range(count // 30)
+        )
+
+
+def _engine(path: str, count: int, last: int) -> None:
+    torch.set_num_threads(1)
+    with weights.Receiver(Small(count), path) as receiver:
+        receiver.serve(until=lambda: receiver.version >= last)
+        receiver.poll(1.0)  # the publisher closes
+
+
+def small_tensors(count: int, *, rounds: int) -> dict:
+    """One row: update() of a module and of a mapping, as the publisher sees it."""
+    warmup = 3
+    last = 2 * (rounds + warmup) - 1
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "weights.sock")
+        spawn = multiprocessing.get_context("spawn")
+        engine = spawn.Process(target=_engine, args=(path, count, last))
+        engine.start()
+        torch.set_num_threads(1)
+        trainer = Small(count)
+        state = dict(trainer.named_parameters())
+        reports: list[weights.UpdateReport] = []
+        with weights.Publisher(weights.Local(path)) as publisher:
+
+            def update(source: weights.publisher.NamedTensors) -> None:
+                reports.append(publisher.update(source, version=len(reports)))
+
+            times = interleaved(
+                {"module": lambda: update(trainer), "mapping": lambda: update(state)},
+                rounds=rounds,
+                warmup=warmup,
+            )
+        engine.join()
+    torch.set_num_threads(threads)
+    stages = {
+        stage: Timing([r.seconds[stage] * 1e3 for r in reports[2 * warmup :]]).as_dict()
+        for stage in ("plan", "check", "pack", "verify", "copy")
+    }
+    return {
+        "op": "update of small tensors",
+        "shape": [count],
+        "dtype": "float32",
+        "bytes": reports[-1].bytes,
+        "times": {side: t.as_dict() for side, t in times.items()} | stages,
+    }
+
+
+def main(device: str, quick: bool) -> list[dict]:
+    """CPU only: on a GPU packing is a copy a tensor."""
+    if device != "cpu":
+        return []
+    rounds = 5 if quick else 15
+    return [
+        pack(2 if quick else LAYERS, rounds=rounds),
+        small_tensors(300 if quick else 3000, rounds=2 * rounds),
+    ]

@@ -1,0 +1,224 @@
+"""What a trainer hands over, and how little of it must be looked at again at the next update.
+
+form     type, dtype, device, shape, stride of a tensor
+owner    the first tensor that begins at the same address (tied weights)
+forms and owners as before: the layout stands, and only the addresses are new
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layout as layouts
+from . import memory
+from .errors import Unsupported
+
+NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | nn.Module
+
+
+class Table:
+    """Named tensors, and what a plan that was made for them depends on.
+
+    Nothing is kept a tensor in `fits`: thousands of new objects an update would set off the garbage
+    collector, which looks at the whole process.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.names = list(tensors)
+        self.tensors = list(tensors.values())
+        self.addresses: list[int] = []
+
+    def note(self) -> None:
+        """Look at every tensor: forms, addresses, owners."""
+        tensors = self.tensors
+        self._types = list(map(type, tensors))
+        self._dtypes = list(map(_DTYPE, tensors))
+        self._layouts = list(map(_LAYOUT, tensors))
+        self._devices = list(map(_DEVICE, tensors))
+        self._check()
+        # An engine may have sparse tensors; they cannot be written to, and have no strides.
+        self._dense = all(layout is torch.strided for layout in self._layouts)
+        if not self._dense:
+            tensors = [t if t.layout is torch.strided else torch.empty(0) for t in tensors]
+        self._shapes = list(map(Tensor.size, tensors))
+        self._strides = list(map(Tensor.stride, tensors))
+        self.addresses = list(map(Tensor.data_ptr, tensors))
+        self._owners = _owners(self.addresses)
+
+    def fits(self, noted: Table) -> bool:
+        """Whether a plan made for `noted` will do: everything is equal but the addresses."""
+        tensors = self.tensors
+        if not (
+            noted._dense
+            and self.names == noted.names
+            and _equal(map(type, tensors), noted._types)
+            and _equal(map(_LAYOUT, tensors), noted._layouts)
+            and _equal(map(_DTYPE, tensors), noted._dtypes)
+            and _equal(map(_DEVICE, tensors), noted._devices)
+            and _equal(map(Tensor.size, tensors), noted._shapes)
+            and _equal(map(Tensor.stride, tensors), noted._strides)
+        ):
+            return False
+        self.addresses = list(map(Tensor.data_ptr, tensors))
+        return _owners(self.addresses) == noted._owners
+
+    def take(self, other: Table) -> None:
+        """The tensors of another table that fits."""
+        self.tensors, self.addresses = other.tensors, other.addresses
+
+    def forget_tensors(self) -> None:
+        """Keep what `fits` compares, and no tensor alive."""
+        self.tensors = []
+
+    def _check(self) -> None:
+        """An engine may hold any kind of tensor: its own are judged where they are written to."""
+
+
+_DTYPE, _LAYOUT = operator.attrgetter("dtype"), operator.attrgetter("layout")
+_DEVICE = operator.attrgetter("device")
+
+
+def _equal(values: Iterable, wanted: list) -> bool:
+    return all(map(operator.eq, values, wanted))
+
+
+def _owners(addresses: list[int]) -> list[int]:
+    """Of each tensor the first one that begins at its address."""
+    first: dict[int, int] = {}
+    return [first.setdefault(at, i) for i, at in enumerate(addresses)]
+
+
+class Source(Table):
+    """What a trainer hands over; nothing is copied."""
+
+    def __init__(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _pairs(named_tensors):
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"named_tensors: {name!r} is a {type(tensor).__name__}, wanted a str and a "
+                    "Tensor"
+                )
+            if name in tensors:
+                raise ValueError(f"named_tensors: {name!r} comes twice")
+            tensors[name] = tensor
+        super().__init__(tensors)
+
+    def placement(self) -> torch.device:
+        """Where to stage."""
+        return memory.placement(zip(self.names, self.tensors, strict=True))
+
+    def specs(self) -> list[layouts.Spec]:
+        """Specs with aliases: the same memory, read the same way, is sent once."""
+        owners: dict[tuple, int] = {}
+        specs = []
+        for index, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
+            shape = tuple(tensor.shape)
+            key = (tensor.device, tensor.data_ptr(), shape, tensor.stride(), tensor.dtype)
+            owner = owners.setdefault(key, index) if tensor.numel() else index
+            alias = None if owner == index else owner
+            specs.append(layouts.Spec(name, shape, tensor.dtype, alias))
+        return specs
+
+    def _check(self) -> None:
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            if hasattr(tensor, "full_tensor"):
+                raise Unsupported(f"{name!r} is a DTensor: pass tensor.full_tensor()")
+            if tensor.layout is not torch.strided or tensor.device.type == "meta":
+                kind = "meta" if tensor.device.type == "meta" else str(tensor.layout)
+                raise Unsupported(f"{name!r} is a {kind} tensor: pass a dense one with data")
+            if not layouts.supported(tensor.dtype):
+                raise Unsupported(
+                    f"{name!r} has dtype {tensor.dtype}, which has no code on the wire"
+                )
+            if tensor.numel() and tensor.data_ptr() == 0:
+                raise Unsupported(
+                    f"{name!r} is a {type(tensor).__name__} without memory of its own: pass the "
+                    "plain tensors that it is made of"
+                )
+
+
+def _pairs(named_tensors: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(named_tensors, Tensor | str | bytes):
+        raise TypeError(
+            "named_tensors must be a mapping, an iterable of (name, tensor) or a module, got "
+            f"{type(named_tensors).__name__}"
+        )
+    if isinstance(named_tensors, Mapping):
+        yield from named_tensors.items()
+        return
+    for item in named_tensors:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise TypeError(f"named_tensors must yield (name, tensor), got {item!r:.80}")
+        yield item[0], item[1]
+
+
+class ModuleState:
+    """`module.state_dict(keep_vars=True)`, asked for again and again.
+
+    Walking thousands of modules takes as long as copying small weights, so the first walk notes
+    where each tensor is kept; it is walked again when a module or a name came or went. A module
+    whose hooks rename or replace its tensors is walked every time.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = weakref.ref(module)
+        self._slots: list[tuple[str, dict, str]] = []  # name, where it is kept, under which key
+        self._tables: list[dict] = []  # of all modules: parameters, buffers, submodules
+        self._sizes: list[int] = []
+        self._modules: list[dict] = []  # submodules alone
+        self._children: list[nn.Module] = []
+        self._absent: list[tuple[dict, str]] = []
+
+    def of(self, module: object) -> bool:
+        return self._module() is module
+
+    def module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None  # the caller holds it
+        return module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → tensor, tied weights under each of their names."""
+        if self._slots and self._unchanged():
+            return {name: table[key] for name, table, key in self._slots}
+        module = self.module()
+        state = module.state_dict(keep_vars=True)
+        state = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        self._note(module, state)
+        return state
+
+    def _unchanged(self) -> bool:
+        children = itertools.chain.from_iterable(map(dict.values, self._modules))
+        return (
+            list(map(len, self._tables)) == self._sizes
+            and all(map(operator.is_, children, self._children))
+            and not any(table.get(key) is not None for table, key in self._absent)
+            and not any(table.get(key) is None for _, table, key in self._slots)
+        )
+
+    def _note(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        slots: dict[str, tuple[str, dict, str]] = {}
+        owners = list(module.named_modules(remove_duplicate=False))
+        self._modules = [owner._modules for _, owner in owners]
+        self._children = [child for modules in self._modules for child in modules.values()]
+        self._tables, self._absent = list(self._modules), []
+        for prefix, owner in owners:
+            for table in (owner._parameters, owner._buffers):
+                self._tables.append(table)
+                for key, tensor in table.items():
+                    name = f"{prefix}.{key}" if prefix else key
+                    if tensor is None:
+                        self._absent.append((table, key))
+                    elif state.get(name) is tensor:
+                        slots[name] = name, table, key
+        self._sizes = list(map(len, self._tables))
+        renamed = slots.keys() != state.keys()
+        self._slots = [] if renamed else [slots[name] for name in state]
