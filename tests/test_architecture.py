@@ -23,7 +23,7 @@ ROOT = PACKAGE.parent
 # Layers, lowest first: a module may import at its own level or below, never above.
 LAYERS = [
     {"_C", "triton_kernels"},
-    {"_check", "_op", "objective", "reference"},
+    {"_check", "_op", "_warm", "objective", "reference"},
     {
         "support",
         "_rows",
