@@ -196,6 +196,7 @@ def row_offset_bits(ttir: str) -> int:
     while todo:
         operation, operands, bits = made.get(todo.pop(), ("", [], None))
         if operation == "arith.muli":
+            assert bits is not None
             widths.append(int(bits[1]))
         # Quotients and remainders are row numbers: there a product is none of the offset.
         if operation in ("arith.muli", "arith.addi", "arith.extsi"):
@@ -251,12 +252,12 @@ def find_sweeps(sass: str, elements: int) -> list[Sweep]:
     def wide(block: list[str], opcode: str) -> int:
         return sum(bool(re.match(rf"{opcode}\S*\.128 (?!.*, RZ)", code)) for code in block)
 
-    found = []
+    sweeps = []
     for address, block in blocks.items():
         read, written = (16 * wide(block, opcode) / elements for opcode in ("LDG", "STG"))
         if read or written:
-            found.append(Sweep(read, written, round(length(address) / elements, 2)))
-    return found
+            sweeps.append(Sweep(read, written, round(length(address) / elements, 2)))
+    return sweeps
 
 
 def _number(pattern: str, text: str) -> int:
