@@ -8,6 +8,9 @@ triton wheel), AMD code by its own metadata. Global loads and stores are counted
 A sweep is the straight code that takes one whole group of columns (row.py): its bytes and its
 instructions are counted an element. What a later sweep reads again is meant to come from L2 (rows)
 or lies there (split); a cooperative program keeps it in registers and has nothing to read again.
+
+A trip is the shortest way round a loop that takes one tile, the sampler's: its instructions an
+element.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pyrlk.bench import sass as _sass
 from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample, schedule
 
 TARGETS = {
@@ -36,16 +40,26 @@ TARGETS = {
 }
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "bounds_ptr")
-_POINTERS = dict.fromkeys(_INT64, "*i64") | {
-    "offsets_ptr": "*i64",
-    "kept_ptr": "*i32",
-    "ids_ptr": "*i32",
-    "arrived_ptr": "*i32",
-    "status_ptr": "*u8",
-}
+_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "masses_ptr")
+_INT32 = (
+    "kept_ptr",
+    "ids_ptr",
+    "allowed_ptr",
+    "hits_ptr",
+    "found_ptr",
+    "support_ids_ptr",
+    "arrived_ptr",
+)
+_POINTERS = (
+    dict.fromkeys(_INT64, "*i64")
+    | dict.fromkeys(_INT32, "*i32")
+    | {"offsets_ptr": "*i64", "bits_ptr": "*i32", "status_ptr": "*u8"}
+)
 _LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+_SCRATCH = ("spans_ptr", "list_ptr")  # some of a row's logits
 
+_FREE = {"allowed_ptr": None}
+_SEARCH = _FREE | {"BLOCK": sample.CHUNK}
 _DENSE = {"ids_ptr": None, "offsets_ptr": None}
 _ROWS = {"SCHEDULE": "rows", "exchange_ptr": None, "arrived_ptr": None}
 _SPLIT = {"SCHEDULE": "split", "arrived_ptr": None}
@@ -84,8 +98,12 @@ VARIANTS: list[tuple] = [
     ("policy_loss_fwd all kept", _LOSS, _ALL | _ROWS),
     ("policy_loss_fwd reinforce rows", _LOSS, _DENSE | _REINFORCE | _ROWS),
     ("scale_fwd", policy_loss.scale_fwd_kernel, {}),
-    ("sample_fwd", sample.sample_fwd_kernel, {"JOINT": False}),
-    ("support_fwd", sample.support_fwd_kernel, {}),
+    ("sample_tiles_fwd", sample.sample_tiles_fwd_kernel, _FREE),
+    ("sample_tiles_fwd allowed", sample.sample_tiles_fwd_kernel, {}),
+    ("sample_masses_fwd", sample.sample_masses_fwd_kernel, _FREE),
+    ("sample_fwd", sample.sample_fwd_kernel, _SEARCH | {"EXACT": False}),
+    ("sample_fwd exact", sample.sample_fwd_kernel, _SEARCH | {"EXACT": True}),
+    ("support_fwd", sample.support_fwd_kernel, _FREE | {"BLOCK": row.TILE // 2}),
 ]
 
 
@@ -115,6 +133,7 @@ class Entry:
     stores: dict[int, int]
     sweeps: list[Sweep]  # empty for AMD
     offset_bits: int  # of the narrowest product in the offset of a row
+    trip: float  # of a sampler kernel; 0 on AMD
 
 
 def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bool = True):
@@ -127,6 +146,12 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         "BLOCK": row.TILE,
         "KEPT": kept.TILE,
         "SHIFT": {"fp32": 0, "fp16": 13, "bf16": 16}[dtype],
+        "TILE": row.TILE,
+        "SPAN": sample.SPAN,
+        "CAPACITY": sample.CAPACITY,
+        "MAX_TILES": sample.MAX_TILES,
+        "JOINT": False,
+        "KEEP_TIES": False,
     } | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -134,7 +159,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
-        elif name in _LOGITS:
+        elif name in _LOGITS + _SCRATCH:
             signature[name] = f"*{dtype}"
             if aligned:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
@@ -142,17 +167,22 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
             signature[name] = _POINTERS.get(name, "*fp32")
         else:
             signature[name] = parameter.annotation_type or "fp32"
+    options = sample.SEARCH if kernel is sample.sample_fwd_kernel else row.LAUNCH
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options=dict(row.LAUNCH))
+    return triton.compile(source, target=TARGETS[target], options=dict(options))
 
 
 def inspect_kernel(name, kernel, constants: dict, target: str, dtype: str, aligned=True) -> Entry:
     compiled = compile_kernel(kernel, constants, target, dtype, aligned)
     read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
-    registers, spills, loads, stores, sweeps = read(compiled)
+    registers, spills, loads, stores, sweeps, trip = read(compiled)
+    block = constants.get("BLOCK", row.TILE)
+    trip *= compiled.metadata.num_warps * 32 / block * (kernel.__module__ == sample.__name__)
     shared = compiled.metadata.shared
     bits = row_offset_bits(compiled.asm["ttir"])
-    return Entry(name, target, dtype, registers, spills, shared, loads, stores, sweeps, bits)
+    return Entry(
+        name, target, dtype, registers, spills, shared, loads, stores, sweeps, bits, round(trip, 1)
+    )
 
 
 def row_offset_bits(ttir: str) -> int:
@@ -167,6 +197,7 @@ def row_offset_bits(ttir: str) -> int:
     while todo:
         operation, operands, bits = made.get(todo.pop(), ("", [], None))
         if operation == "arith.muli":
+            assert bits is not None
             widths.append(int(bits[1]))
         # Quotients and remainders are row numbers: there a product is none of the offset.
         if operation in ("arith.muli", "arith.addi", "arith.extsi"):
@@ -186,7 +217,8 @@ def _read_nvidia(compiled):
     registers = _number(r"REG:(\d+)", usage)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     sweeps = find_sweeps(sass, row.GROUP.value * row.TILE // (row.LAUNCH["num_warps"] * 32))
-    return registers, spills, _widths(sass, "LDG"), _widths(sass, "STG"), sweeps
+    widths = _widths(sass, "LDG"), _widths(sass, "STG")
+    return registers, spills, *widths, sweeps, _sass.shortest_trip(sass)
 
 
 def find_sweeps(sass: str, elements: int) -> list[Sweep]:
@@ -221,14 +253,14 @@ def find_sweeps(sass: str, elements: int) -> list[Sweep]:
     def wide(block: list[str], opcode: str) -> int:
         return sum(bool(re.match(rf"{opcode}\S*\.128 (?!.*, RZ)", code)) for code in block)
 
-    found = []
+    sweeps = []
     for address, block in blocks.items():
         read, written = (16 * wide(block, opcode) / elements for opcode in ("LDG", "STG"))
         if read or written:
             code = onwards(address)
             spills = sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for line in code)
-            found.append(Sweep(read, written, round(len(code) / elements, 2), spills))
-    return found
+            sweeps.append(Sweep(read, written, round(len(code) / elements, 2), spills))
+    return sweeps
 
 
 def _number(pattern: str, text: str) -> int:
@@ -264,7 +296,7 @@ def _read_amd(compiled):
 
     # Scalar registers spill into lanes of a vector register, which costs no memory access.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return number("vgpr_count"), spills, widths("load"), widths("store"), []
+    return number("vgpr_count"), spills, widths("load"), widths("store"), [], 0
 
 
 def report(targets=tuple(TARGETS), dtypes=("fp32", "bf16"), only=None, aligned=True) -> list[Entry]:
@@ -298,6 +330,8 @@ def main(arguments=None) -> int:
     )
     for e in entries:
         sweeps = "; ".join(f"{s.read:g} + {s.written:g}, {s.instructions:.1f}" for s in e.sweeps)
+        if e.trip:
+            sweeps = f"trip of {e.trip}"
         print(
             f"{e.kernel:33} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
             f"{sweeps or f'{_count(e.loads)} · {_count(e.stores)} (loads · stores, n×bits)'}"

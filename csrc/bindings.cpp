@@ -15,6 +15,7 @@
 #include "memory/dlpack.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
+#include "memory/scatter.h"
 #include "memory/threads.h"
 #include "memory/warm_pages.h"
 
@@ -246,6 +247,37 @@ void bind_kernels(py::module_& module) {
       py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("allowed"), py::arg("joint"),
       py::arg("keep_ties"), py::arg("token"), py::arg("logprob"), py::arg("full_logprob"),
       py::arg("kept"), py::arg("status"), py::arg("support"), py::arg("threads"));
+  module.def(
+      "verify_draft",
+      [](const PyRows& target, const std::optional<PyRows>& draft, Address draft_tokens,
+         int64_t depth, Address temperature, Address top_k, Address top_p, Address min_p,
+         Address seed, Address position, Address token, Address accepted, Address logprob,
+         Address full_logprob, Address status, Support* support, int threads) {
+        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+        const pyrlk::Rows proposed = draft ? to_rows(*draft) : pyrlk::Rows{};
+        const pyrlk::VerifyArgs args{to_rows(target),
+                                     draft ? &proposed : nullptr,
+                                     int64s(draft_tokens),
+                                     depth,
+                                     floats(temperature),
+                                     floats(top_p),
+                                     floats(min_p),
+                                     int64s(top_k),
+                                     int64s(seed),
+                                     int64s(position),
+                                     int64s(token),
+                                     static_cast<int32_t*>(pointer(accepted)),
+                                     floats(logprob),
+                                     floats(full_logprob),
+                                     static_cast<uint8_t*>(pointer(status)),
+                                     support == nullptr ? nullptr : support->rows.data()};
+        const py::gil_scoped_release nogil;
+        return pyrlk::verify_draft(args, threads);
+      },
+      py::arg("target"), py::arg("draft"), py::arg("draft_tokens"), py::arg("depth"),
+      py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+      py::arg("position"), py::arg("token"), py::arg("accepted"), py::arg("logprob"),
+      py::arg("full_logprob"), py::arg("status"), py::arg("support"), py::arg("threads"));
 }
 
 // memory/: packing, shared memory, CUDA handles.
@@ -425,6 +457,92 @@ void bind_memory(py::module_& module) {
              py::call_guard<py::gil_scoped_release>());
 }
 
+// The copies of one bucket of a load plan, parsed once and run at every update.
+class Replay {
+ public:
+  // dense: of each copy address, offset, itemsize, ndim, sizes, strides of the destination.
+  // strided: of each copy address, offset, itemsize, from, to, ndim, sizes, source strides,
+  // destination strides.
+  Replay(const py::buffer& dense, const py::buffer& strided) {
+    Reader in(dense);
+    while (in.more()) {
+      pyrlk::Piece piece{};
+      piece.data = in.address();
+      piece.offset = static_cast<std::uint64_t>(in.next());
+      piece.itemsize = static_cast<std::int32_t>(in.next());
+      piece.ndim = in.ndim();
+      in.fill(piece.sizes, piece.ndim);
+      in.fill(piece.strides, piece.ndim);
+      dense_.push_back(piece);
+    }
+    Reader rest(strided);
+    while (rest.more()) {
+      pyrlk::Scatter copy{};
+      copy.dst = rest.address();
+      copy.src_offset = static_cast<std::uint64_t>(rest.next());
+      copy.itemsize = static_cast<std::int32_t>(rest.next());
+      copy.from = static_cast<pyrlk::Format>(rest.next());
+      copy.to = static_cast<pyrlk::Format>(rest.next());
+      copy.ndim = rest.ndim();
+      rest.fill(copy.sizes, copy.ndim);
+      rest.fill(copy.src_strides, copy.ndim);
+      rest.fill(copy.dst_strides, copy.ndim);
+      strided_.push_back(copy);
+    }
+  }
+
+  // Sums of the dense copies as they went in, or none.
+  std::vector<std::uint64_t> run(std::uint64_t buffer, std::uint64_t bytes, bool checksum,
+                                 int threads) const {
+    std::vector<std::uint64_t> sums(checksum ? dense_.size() : 0);
+    const py::gil_scoped_release nogil;
+    const auto* source = reinterpret_cast<const void*>(buffer);
+    pyrlk::unpack(source, bytes, dense_.data(), dense_.size(), threads,
+                  checksum ? sums.data() : nullptr);
+    pyrlk::scatter(source, bytes, strided_.data(), strided_.size(), threads);
+    return sums;
+  }
+
+ private:
+  class Reader {
+   public:
+    explicit Reader(const py::buffer& buffer) : info_(buffer.request()) {
+      if (info_.itemsize != 8 || info_.ndim != 1) throw py::value_error("wanted an array('Q')");
+      at_ = static_cast<const std::int64_t*>(info_.ptr);
+      end_ = at_ + info_.size;
+    }
+    bool more() const { return at_ != end_; }
+    std::int64_t next() {
+      if (at_ == end_) throw py::value_error("a copy is cut short");
+      return *at_++;
+    }
+    void* address() { return reinterpret_cast<void*>(next()); }
+    std::int32_t ndim() {
+      const std::int64_t value = next();
+      if (value < 0 || value > pyrlk::kMaxDims) throw py::value_error("ndim must be 0 to 16");
+      return static_cast<std::int32_t>(value);
+    }
+    void fill(std::int64_t* to, std::int32_t count) {
+      for (std::int32_t i = 0; i < count; ++i) to[i] = next();
+    }
+
+   private:
+    py::buffer_info info_;
+    const std::int64_t* at_;
+    const std::int64_t* end_;
+  };
+
+  std::vector<pyrlk::Piece> dense_;
+  std::vector<pyrlk::Scatter> strided_;
+};
+
+void bind_replay(py::module_& module) {
+  py::class_<Replay>(module, "Replay")
+      .def(py::init<const py::buffer&, const py::buffer&>(), py::arg("dense"), py::arg("strided"))
+      .def("run", &Replay::run, py::arg("buffer"), py::arg("buffer_bytes"), py::arg("checksum"),
+           py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -432,4 +550,5 @@ PYBIND11_MODULE(_C, module) {
   bind_kernels(module);
   bind_warm_pages(module);
   bind_memory(module);
+  bind_replay(module);
 }

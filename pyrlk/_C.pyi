@@ -89,6 +89,25 @@ def sample(
     support: Support | None,
     threads: int,
 ) -> int: ...
+def verify_draft(
+    target: _Rows,
+    draft: _Rows | None,
+    draft_tokens: int,
+    depth: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    seed: int,
+    position: int,
+    token: int,
+    accepted: int,
+    logprob: int,
+    full_logprob: int,
+    status: int,
+    support: Support | None,
+    threads: int,
+) -> int: ...
 
 # memory: warm pages for large gradients (csrc/memory/warm_pages.h).
 def warm_tensor(shape: Sequence[int], dtype: int) -> object | None: ...
@@ -119,6 +138,13 @@ def unpack(
     threads: int,
 ) -> list[int]: ...
 def checksum(buffer: int, buffer_bytes: int, ranges: _Numbers, threads: int) -> list[int]: ...
+
+class Replay:
+    # dense: address, offset, itemsize, ndim, sizes, strides of the destination; strided: address,
+    # offset, itemsize, from, to, ndim, sizes, source strides, destination strides.
+    def __init__(self, dense: array[int], strided: array[int]) -> None: ...
+    def run(self, buffer: int, buffer_bytes: int, checksum: bool, threads: int) -> list[int]: ...
+
 def segment_create(bytes: int) -> tuple[int, int]: ...
 def segment_open(fd: int, bytes: int) -> int: ...
 def segment_close(address: int, bytes: int) -> None: ...

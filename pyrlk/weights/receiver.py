@@ -14,22 +14,25 @@ import contextlib
 import os
 import secrets
 import select
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import layout as layouts
 from . import memory, wire
-from .engine import CallableEngine, LoadWeights, ModuleEngine, mismatch
+from .engine import CallableEngine, Engine, LoadWeights, ModuleEngine, mismatch
 from .errors import (
     ApplyFailed,
     Busy,
     EngineDirty,
     PeerLost,
     ProtocolError,
+    StagingError,
     StaleVersion,
     UpdateError,
 )
@@ -80,7 +83,7 @@ class Receiver:
         expected: Mapping[str, Tensor] | None = None,
         timeout: float = 30.0,
     ):
-        self._engine: ModuleEngine | CallableEngine
+        self._engine: Engine
         if isinstance(model_or_load_weights, nn.Module):
             if expected is not None:
                 raise ValueError("expected goes with a load_weights callable; a module has names")
@@ -94,13 +97,18 @@ class Receiver:
             )
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        self._start(float(timeout))
+        self._path = wire.check_path(socket_path)
+        self._listener: socket.socket | None = wire.listen(self._path)
+
+    def _start(self, timeout: float) -> None:
         self.version = -1
         self.dirty = False
         self.last_error: UpdateError | None = None
-        self._timeout = float(timeout)
+        self._timeout = timeout
         self._boot = secrets.token_bytes(16)
-        self._path = wire.check_path(socket_path)
-        self._listener = wire.listen(self._path)
+        self._path = ""
+        self._listener = None  # until there is one; a subclass may connect by itself
         self._session: _Session | None = None
         self._stop = threading.Event()
         self._closed = False
@@ -148,8 +156,9 @@ class Receiver:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._listener.close()
-        wire.unlink(self._path)
+        if self._listener is not None:
+            self._listener.close()
+            wire.unlink(self._path)
 
     def __enter__(self) -> Receiver:
         return self
@@ -161,7 +170,8 @@ class Receiver:
         """The next frame of the publisher; None when the deadline passes without one."""
         while True:
             poller = select.poll()
-            poller.register(self._listener, select.POLLIN)
+            if self._listener is not None:
+                poller.register(self._listener, select.POLLIN)
             if self._session is not None:
                 for fd in self._session.channel.watched():
                     poller.register(fd, select.POLLIN)
@@ -171,22 +181,32 @@ class Receiver:
                 return None
             if self._session is not None and ready & set(self._session.channel.watched()):
                 return self._session.channel.recv(0.0)
-            self._accept()
+            if not self._accept():
+                return None
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Let a publisher in, or tell it that there is one; False if that cannot be done now."""
+        if self._listener is None:
+            raise PeerLost("the publisher is gone")
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
-            return
+            return True
+        except OSError as error:
+            # Out of descriptors: whoever knocks goes on waiting, and so does this side, a little.
+            self.last_error = StagingError(f"no socket: {error.strerror} (ulimit -n)")
+            time.sleep(0.01)
+            return False
         channel = wire.Channel(sock)
         if self._session is not None:
-            error = Busy(f"{self._session.channel.peer} is this engine's publisher")
+            busy = Busy(f"{self._session.channel.peer} is this engine's publisher")
             with contextlib.suppress(UpdateError):
-                failed = Frame(Type.FAILED, 0, wire.Failed.of(error).encode())
+                failed = Frame(Type.FAILED, 0, wire.Failed.of(busy).encode())
                 channel.send(failed, time.monotonic())
             channel.close()
-            return
+            return True
         self._session = _Session(channel)
+        return True
 
     def _greet(self, frame: Frame) -> None:
         """Answer what comes outside a transaction."""
@@ -197,9 +217,13 @@ class Receiver:
             welcome = wire.Welcome(self._boot, self.version, self.dirty, self._engine.names_from)
             self._send(Type.WELCOME, 0, welcome.encode())
             session.greeted = True
+        elif frame.type is Type.RETIRE and session.greeted:
+            session.close_segments()
+            self._send(Type.RETIRED, frame.transaction)
         elif frame.type is Type.CLOSE:
             session.close_segments()
-            self._send(Type.CLOSED, frame.transaction)
+            with contextlib.suppress(UpdateError):  # a publisher need not wait for the answer
+                self._send(Type.CLOSED, frame.transaction)
             self._drop(None)
         else:
             raise ProtocolError(f"{frame.type.name} outside an update")
@@ -265,7 +289,7 @@ class Receiver:
             segment = session.take(bucket, number, layout, begin.verify)
             start = time.perf_counter()
             if begin.verify:
-                _verify(segment, layout, bucket, threads)
+                self._verify(segment, layout, bucket, threads)
             verify_seconds += time.perf_counter() - start
             waiting.append((bucket, segment))
             # All or nothing where the ring holds everything; else a slot must come free.
@@ -280,6 +304,12 @@ class Receiver:
             waiting.clear()
             copy_seconds += time.perf_counter() - start
         return verify_seconds, copy_seconds
+
+    def _verify(
+        self, segment: memory.Segment, layout: layouts.Layout, bucket: wire.Bucket, threads: int
+    ) -> None:
+        """Sum what arrived, before any of it is copied."""
+        verify(segment, layout, bucket, layout.pieces[bucket.bucket], threads)
 
     def _next_bucket(self, session: _Session) -> wire.Bucket:
         """The next BUCKET; segments that are announced on the way are opened."""
@@ -400,10 +430,22 @@ class _owned:
         self._frame.close_fds()
 
 
-def _verify(
-    segment: memory.Segment, layout: layouts.Layout, bucket: wire.Bucket, threads: int
+def verify(
+    segment: memory.Segment,
+    layout: layouts.Layout,
+    bucket: wire.Bucket,
+    indices: Sequence[int],
+    threads: int,
 ) -> None:
-    sums = segment.sums(layout.ranges[bucket.bucket], threads=threads)
-    for piece, want, got in zip(layout.pieces[bucket.bucket], bucket.sums, sums, strict=True):
-        if want != got:
-            raise mismatch(layout.entries[piece], want, got, "arrived")
+    """Compare the sums of some entries of a bucket with those that were sent."""
+    if not indices:
+        return
+    sent = dict(zip(layout.pieces[bucket.bucket], bucket.sums, strict=True))
+    pieces = [layout.entries[i] for i in indices]
+    ranges = array("Q", [number for e in pieces for number in (e.offset, e.nbytes)])
+    if len(pieces) == len(sent):
+        ranges = layout.ranges[bucket.bucket]
+    sums = segment.sums(ranges, threads=threads)
+    for index, entry, got in zip(indices, pieces, sums, strict=True):
+        if sent[index] != got:
+            raise mismatch(entry, sent[index], got, "arrived")
