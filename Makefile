@@ -29,7 +29,7 @@ test: build
 test-endurance: build
 	$(BIN)/pytest tests -m endurance --timeout 7200 $(ARGS)
 
-# The C++ tests under each sanitizer. libgomp is not built for TSan: tests/tsan.supp names its own.
+# The C++ tests under each sanitizer; OpenMP on std::thread for TSan (csrc/tests/gomp_threads.cpp).
 SANITIZERS ?= address,undefined thread
 test-sanitize: $(READY)
 	for kind in $(SANITIZERS); do \

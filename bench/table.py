@@ -61,6 +61,10 @@ def _cells(row: dict) -> list[list[str]]:
             [f"{row['op']}, drop-in", shape, dtype, ms["drop_in"],
              f"{row['drop_in_over_fresh']:.2f}× allocate + copy{peers}", error],
         ]  # fmt: skip
+    if "kernel" in ms:
+        kernel = f"{row['times']['kernel']['ms']:.4f}"
+        ratio = f"{row['over_copy']:.2f}× a warm copy"
+        return [[row["op"], shape, dtype, kernel, ratio, f"{row['gradient_error']:.1e}"]]
     if "linear" in ms:
         memory = row["unfused_peak_bytes"] / max(1, row["linear_peak_bytes"])
         ratio = (

@@ -1,4 +1,4 @@
-"""`pyrlk demo | bench | doctor`. Heavy imports happen in the command that needs them."""
+"""`pyrlk demo | bench | doctor | weights`. Heavy imports happen in the command that needs them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="measure the kernels (see: pyrlk bench --help)")
     doctor = commands.add_parser("doctor", help="what works on this machine", allow_abbrev=False)
     doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.add_argument("--engine-url", metavar="URL", help="also look at a running SGLang server")
+    doctor.add_argument("--api-key", metavar="KEY", help="its admin key")
+    doctor.add_argument(
+        "--engine-python", metavar="PYTHON", help="also import our loader with that interpreter"
+    )
     doctor.set_defaults(run=_doctor)
+    _weights_parser(commands)
     return parser
 
 
@@ -65,6 +71,31 @@ def _demo_parser(commands) -> None:
     start.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
     start.add_argument("--overwrite", action="store_true", help="replace an unfinished run")
     parser.set_defaults(run=_demo, parser=parser)
+
+
+def _weights_parser(commands) -> None:
+    parser = commands.add_parser("weights", help="the weight hand-over", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    plan = verbs.add_parser(
+        "plan",
+        help="buckets and peak bytes of a model's update; nothing runs",
+        allow_abbrev=False,
+    )
+    plan.add_argument("model", metavar="MODEL", help="a local transformers model folder")
+    plan.add_argument("--bucket-bytes", type=_integer(1, 2**46), default=512 << 20)
+    plan.add_argument("--buffers", type=_integer(1, 64), default=2)
+    plan.set_defaults(run=_weights_plan)
+
+
+def _weights_plan(args: argparse.Namespace) -> int:
+    from pyrlk.weights import preview
+
+    try:
+        layout, source = preview.plan_of(args.model, args.bucket_bytes)
+    except ValueError as error:
+        return _fail(str(error))
+    print(preview.describe(layout, source, args.bucket_bytes, args.buffers))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -144,7 +175,8 @@ def _check_device(parser: argparse.ArgumentParser, name: str) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from pyrlk import doctor
 
-    return doctor.main(as_json=args.json)
+    engine = doctor.Engine(args.engine_url, args.api_key, args.engine_python)
+    return doctor.main(as_json=args.json, engine=engine)
 
 
 def _bench(argv: list[str]) -> int:

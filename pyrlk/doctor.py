@@ -30,9 +30,20 @@ class Line(NamedTuple):
     needed: bool = False  # without it pyrlk is not usable
 
 
-def main(*, as_json: bool = False) -> int:
+class Engine(NamedTuple):
+    """The engine to look at beside this machine: an SGLang by its URL, an interpreter by path."""
+
+    url: str | None = None
+    api_key: str | None = None
+    python: str | None = None
+
+
+_NO_ENGINE = Engine()
+
+
+def main(*, as_json: bool = False, engine: Engine = _NO_ENGINE) -> int:
     """Print the report; 0 if pyrlk is usable here."""
-    lines = report()
+    lines = report(engine)
     usable = not any(line.needed and line.cure for line in lines)
     if as_json:
         print(json.dumps({"usable": usable, "lines": [line._asdict() for line in lines]}, indent=2))
@@ -46,8 +57,13 @@ def main(*, as_json: bool = False) -> int:
     return 0 if usable else 1
 
 
-def report() -> list[Line]:
-    return [*_versions(), *_cpu(), *_gpu(), *_hand_over()]
+def report(engine: Engine = _NO_ENGINE) -> list[Line]:
+    lines = [*_versions(), *_cpu(), *_gpu(), *_hand_over()]
+    if engine.url:
+        lines += _server(engine.url, engine.api_key)
+    if engine.python:
+        lines.append(_loader(engine.python))
+    return lines
 
 
 def _versions() -> list[Line]:
@@ -144,17 +160,95 @@ def _hand_over() -> list[Line]:
         )
     except OSError as error:
         lines.append(Line("/dev/shm", f"{error}"))
-    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))
-    if "expandable_segments:true" in allocator.lower().replace(" ", ""):
-        lines.append(
-            Line(
-                "allocator",
-                f"{allocator}: torch's own tensors have no cudaIpcMemHandle",
-                "pyrlk.weights stages in memory of its own; code that shares tensors directly "
-                "needs expandable_segments:False",
-            )
-        )
+    return [*lines, *_namespaces(), *_allocators()]
+
+
+def _namespaces() -> list[Line]:
+    """Handles reach a process of the same pid and ipc namespaces; containers have their own."""
+    names = []
+    for kind in ("pid", "ipc"):
+        try:
+            names.append(os.readlink(f"/proc/self/ns/{kind}"))
+        except OSError as error:
+            names.append(f"{kind}:{error.strerror}")
+    return [Line("namespaces", f"{', '.join(names)}; the engine must show the same")]
+
+
+def _allocators() -> list[Line]:
+    """Settings under which torch's own CUDA memory cannot be exported."""
+    lines = []
+    cure = (
+        "pyrlk.weights stages in memory of its own; code that shares tensors directly, and the "
+        "hand-over without staging, need {}"
+    )
+    setting = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    plain = setting.lower().replace(" ", "")
+    for found, wanted in (
+        ("expandable_segments:true", "expandable_segments:False"),
+        ("backend:cudamallocasync", "backend:native"),
+    ):
+        if found in plain:
+            what = f"{setting}: torch's own tensors have no cudaIpcMemHandle"
+            lines.append(Line("allocator", what, cure.format(wanted)))
+    if "memory_saver" in os.environ.get("LD_PRELOAD", ""):
+        what = "torch_memory_saver is preloaded: tensors in its regions have no cudaIpcMemHandle"
+        lines.append(Line("allocator", what, cure.format("tensors outside its regions")))
     return lines
+
+
+def _server(url: str, api_key: str | None) -> list[Line]:
+    """What an update of that server would meet; nothing of it is changed."""
+    from pyrlk.weights.errors import UpdateError
+    from pyrlk.weights.sglang_server import LOADER, Server
+
+    name = "engine"
+    try:
+        server = Server(url, api_key, 5.0)
+        info = server.info()
+        version = server.version()
+        sessions = server.http.request("GET", "/begin_weight_update")[0] != 404
+    except (UpdateError, ValueError, TypeError) as error:
+        cure = "start it on this machine; a server with an admin key needs --api-key"
+        return [Line(name, f"no: {error}", cure, needed=True)]
+    size = f"tp {info.tp_size}, pp {info.pp_size}, {info.dtype or 'dtype unknown'}"
+    lines = [Line(name, f"SGLang {info.release}, {size}, weight version {version or 'none'}")]
+    if version.startswith("pyrlk-updating:"):
+        lines.append(Line(name, f"dirty: {version}", "send a full update"))
+    dialect = "begin/end sessions" if sessions else "no sessions, an older server: bucket mode only"
+    lines.append(Line("engine dialect", dialect))
+    cure = "" if info.loader else f"start it with --custom-weight-loader {LOADER}"
+    lines.append(Line("engine loader", f"{'yes' if info.loader else 'no'}: {LOADER}", cure))
+    return lines
+
+
+_IMPORT_LOADER = """
+import importlib.metadata as m, os, pyrlk, torch
+from pyrlk.weights import sglang_loader
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return "not installed"
+print(f"torch {torch.__version__}, sglang {version('sglang')}, pyrlk in",
+      os.path.dirname(pyrlk.__file__))
+"""
+
+
+def _loader(python: str) -> Line:
+    """The engine's interpreter imports what --custom-weight-loader names."""
+    name = "engine python"
+    cure = (
+        "install pyrlk into a folder of its own (pip install --no-deps --target DIR pyrlk) and put "
+        "that on the engine's PYTHONPATH"
+    )
+    try:
+        done = subprocess.run(
+            [python, "-c", _IMPORT_LOADER], capture_output=True, text=True, timeout=120, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Line(name, f"no: {error}", "--engine-python names the engine's interpreter", True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return Line(name, f"no: {lines[-1]}", cure, needed=True)
+    return Line(name, f"yes: loader imported; {done.stdout.strip()}")
 
 
 def _host_handles() -> Line:

@@ -1,12 +1,17 @@
-"""`pyrlk demo | bench | doctor`: what a wrong command line says; doctor tells the truth."""
+"""`pyrlk`: what a wrong command line says; doctor tells the truth; the plan of an update."""
 
 from __future__ import annotations
 
 import builtins
+import http.server
 import json
+import os
 import sys
+import threading
+from typing import ClassVar
 
 import pytest
+import transformers
 
 from pyrlk import cli, doctor
 
@@ -46,7 +51,7 @@ def refused(capsys, *argv: str) -> str:
         ),
         (
             ["--resume", "--name", "none"],
-            "pyrlk demo: error: argument --resume: runs/none/checkpoint.pt does not exist",
+            "pyrlk demo: error: argument --resume: runs/none/checkpoint.safetensors does not exist",
         ),
     ],
 )
@@ -66,7 +71,7 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(capsys, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "dapo-seed0"
     folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"")
+    (folder / "checkpoint.safetensors").write_bytes(b"")
     (folder / "metrics.jsonl").write_text('{"step": 3}\n')
     assert refused(capsys, "demo") == (
         "pyrlk demo: error: runs/dapo-seed0 holds an unfinished run: --resume continues it, "
@@ -142,3 +147,125 @@ def test_doctor_warns_of_expandable_segments(monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     line = next(line for line in doctor.report() if line.name == "allocator")
     assert line.cure
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "cure"),
+    [
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: True", "expandable_segments:False"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync", "backend:native"),
+        ("LD_PRELOAD", "/x/torch_memory_saver_hook.so", "outside its regions"),
+    ],
+)
+def test_doctor_names_what_keeps_memory_from_being_exported(monkeypatch, variable, value, cure):
+    monkeypatch.setenv(variable, value)
+    (line,) = doctor._allocators()
+    assert "no cudaIpcMemHandle" in line.value
+    assert cure in line.cure
+
+
+def test_doctor_shows_the_namespaces():
+    (line,) = doctor._namespaces()
+    assert os.readlink("/proc/self/ns/pid") in line.value
+    assert os.readlink("/proc/self/ns/ipc") in line.value
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """A little of SGLang."""
+
+    info: ClassVar[dict] = {"tp_size": 2, "pp_size": 1, "version": "0.5.23", "dtype": "bfloat16"}
+    sessions = True
+
+    def do_GET(self):
+        answers = {"/server_info": self.info, "/model_info": {"weight_version": "7"}}
+        status = 200 if self.path in answers else 404
+        if self.path == "/begin_weight_update" and self.sessions:
+            status = 405  # it is there, for POST
+        body = json.dumps(answers.get(self.path, {})).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def test_doctor_looks_at_a_server(server, capsys, monkeypatch):
+    assert cli.main(["doctor", "--engine-url", server]) == 0
+    text = capsys.readouterr().out
+    assert "SGLang 0.5.23, tp 2, pp 1, bfloat16, weight version 7" in text
+    assert "begin/end sessions" in text
+    assert "→ start it with --custom-weight-loader pyrlk.weights.sglang_loader.load" in text
+    loader = {"custom_weight_loader": ["pyrlk.weights.sglang_loader.load"]}
+    monkeypatch.setattr(_Server, "info", _Server.info | loader)
+    monkeypatch.setattr(_Server, "sessions", False)
+    assert cli.main(["doctor", "--engine-url", server]) == 0
+    text = capsys.readouterr().out
+    assert "no sessions" in text
+    assert "yes: pyrlk.weights.sglang_loader.load" in text
+    monkeypatch.setattr(_Server, "info", {"dp_size": 2})
+    assert cli.main(["doctor", "--engine-url", server]) == 1
+    assert "one server a replica" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "text"),
+    [
+        ("echo torch 9", 0, "yes: loader imported; torch 9"),
+        ("echo No module named pyrlk >&2; exit 1", 1, "no: No module named pyrlk"),
+        (None, 1, "--engine-python names the engine's interpreter"),
+    ],
+)
+def test_doctor_imports_the_loader_with_the_engines_python(tmp_path, capsys, script, code, text):
+    python = tmp_path / "python"
+    if script:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o700)
+    assert cli.main(["doctor", "--engine-python", str(python)]) == code
+    assert text in capsys.readouterr().out
+
+
+def _tiny(folder, *, weights):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=24,
+    )  # fmt: skip
+    if weights:
+        transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    else:
+        config.architectures = ["Qwen3MoeForCausalLM"]
+        config.save_pretrained(folder)
+
+
+def test_the_plan_of_a_model_needs_its_headers_or_its_config_alone(tmp_path, capsys):
+    said = []
+    for weights in (True, False):
+        folder = tmp_path / str(weights)
+        _tiny(folder, weights=weights)
+        options = ["--bucket-bytes", "20000", "--buffers", "3"]
+        assert cli.main(["weights", "plan", str(folder), *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert "(from safetensors headers)" in said[0]
+    assert "(from config.json)" in said[1]
+    # The same tensors; their order, and so the buckets, may differ.
+    assert said[0].split(" (")[0] == said[1].split(" (")[0]
+    assert "model.layers.0.mlp.experts." in said[1]
+    assert "peak staging memory: " in said[0]
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, capsys):
+    assert cli.main(["weights", "plan", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds no safetensors files and no config.json" in capsys.readouterr().err

@@ -241,7 +241,7 @@ CASES = [
             (torch.tensor(True), T, "bool"),
         ]
     ),
-    *((call, {"group": object()}, W, "^group must be None") for call in (loss, dapo, score)),
+    *((call, {"group": object()}, T, "^group must be a torch") for call in (loss, dapo, score)),
     (loss, {"inplace": 1}, T, "inplace must be True or False"),
     (loss, {"return_stats": None}, T, "return_stats must be True or False"),
     (loss, {"inplace": True, "logits": LEAF}, W, "inplace.*leaf"),
@@ -376,6 +376,11 @@ FULL = {
     },
     pyrlk.reinforce_grad: {
         "logits": z(), "tokens": ids(), "advantages": f(), "temperature": 1.0, "out": z(),
+    },
+    pyrlk.mtp_loss: {
+        **HEAD, "depth": 1, "mask": torch.ones(B, L), "cu_seqlens": None, "kind": "ce",
+        "teacher_hidden": None, "detach_weight": True, "group": None, "chunk": 2,
+        "return_stats": False,
     },
     pyrlk.normalizer: {
         "mask": f().abs(), "objective": DAPO(), "group": None, "micro_batches": 1,

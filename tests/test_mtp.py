@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyrlk
-from pyrlk import reference
+from pyrlk import _head, reference
 
 LENGTHS = [4, 0, 1, 7, 2]  # packed: an empty sequence, and ones too short to predict in
 
@@ -162,6 +162,18 @@ def test_a_draft_that_is_the_trunk_has_no_total_variation():
     assert loss == 0
     far = pyrlk.mtp_loss(hidden, weight, tokens, kind="tv", teacher_hidden=-50 * teacher)
     assert 0.5 < far < 1
+
+
+@pytest.mark.parametrize("kind", ["ce", "tv"])
+def test_fixed_shapes_and_undropped_rows_give_the_same(monkeypatch, kind):
+    """What CUDA does, and what it does under graph capture, on the CPU."""
+    arguments = example(kind, torch.float64)
+    arguments[-1].update(depth=2, chunk=5, detach_weight=False)
+    want = gradients(pyrlk.mtp_loss, *arguments)
+    monkeypatch.setattr(_head, "_fixed_shapes", lambda x: True)
+    for capturing in (False, True):
+        monkeypatch.setattr(_head, "_capturing", lambda x, answer=capturing: answer)
+        assert_close(gradients(pyrlk.mtp_loss, *arguments), want, 1e-13)
 
 
 def test_nothing_learns_that_is_detached():

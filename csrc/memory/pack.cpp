@@ -196,6 +196,7 @@ void run(Task task, const std::vector<Walk>& walks, int threads, std::uint64_t* 
     for (auto i = static_cast<std::size_t>(it - start.begin()) - 1; start[i] < end; ++i) {
       const std::uint64_t from = std::max(begin, start[i]) - start[i];
       const std::uint64_t to = std::min(walks[i].bytes, end - start[i]);
+      if (from == to) continue;  // an empty piece, perhaps without an address
       const char* next = to < walks[i].bytes || i + 1 == walks.size() ? source(task, walks[i]) + to
                                                                       : source(task, walks[i + 1]);
       const std::uint64_t part =

@@ -178,7 +178,8 @@ void many_pieces_are_divided_by_bytes() {
     checksum(buffer.data(), offset, ranges.data(), ranges.size(), threads, summed.data());
     CHECK(plain == buffer);
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      CHECK(std::memcmp(buffer.data() + ranges[i].offset, sources[i].data(), ranges[i].bytes) == 0);
+      CHECK(std::equal(sources[i].begin(), sources[i].end(),
+                       buffer.begin() + static_cast<std::ptrdiff_t>(ranges[i].offset)));
       CHECK(packed[i] == truth(sources[i].data(), sources[i].size()));
       CHECK(summed[i] == packed[i]);
     }

@@ -1,9 +1,9 @@
 """The files of a run.
 
-metrics.jsonl    one line a step, no wall-clock: the same seed gives the same bytes
-timing.jsonl     one line a step, seconds
-checkpoint.pt    the last completed step that was saved; replaced atomically
-curve.svg .png   the picture
+metrics.jsonl            one line a step, no wall-clock: the same seed gives the same bytes
+timing.jsonl             one line a step, seconds
+checkpoint.safetensors   the last completed step that was saved; replaced atomically
+curve.svg .png           the picture
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 class Record:
@@ -23,7 +26,7 @@ class Record:
         self.folder = folder
         self.metrics_path = folder / "metrics.jsonl"
         self.timing_path = folder / "timing.jsonl"
-        self.checkpoint_path = folder / "checkpoint.pt"
+        self.checkpoint_path = folder / "checkpoint.safetensors"
 
     def begin(self) -> None:
         """An empty run, whatever the folder held."""
@@ -53,11 +56,43 @@ class Record:
 
     def save(self, state: dict[str, Any]) -> None:
         temporary = self.checkpoint_path.with_suffix(".tmp")
-        torch.save(state, temporary)
+        tensors: dict[str, Tensor] = {}
+        form = json.dumps(_split(state, tensors))
+        save_file(tensors, temporary, metadata={"state": form})
         os.replace(temporary, self.checkpoint_path)
 
     def load(self) -> dict[str, Any]:
-        return torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+        with safe_open(self.checkpoint_path, framework="pt") as file:
+            return _join(json.loads(file.metadata()["state"]), file)
+
+
+def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A nested value as JSON, its tensors put aside under their numbers."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        # Each a copy: the file takes no two that share memory (tied weights).
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        items = [[_split(k, tensors), _split(v, tensors)] for k, v in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_split(v, tensors) for v in value]}
+    return value
+
+
+def _join(form: Any, file: Any) -> Any:
+    """The inverse of `_split`."""
+    if not isinstance(form, dict):
+        return form
+    ((kind, content),) = form.items()
+    if kind == "tensor":
+        return file.get_tensor(content)
+    if kind == "dict":
+        return {_join(k, file): _join(v, file) for k, v in content}
+    values = [_join(v, file) for v in content]
+    return values if kind == "list" else tuple(values)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@
     publisher = Publisher(Local(path))                 receiver = Receiver(model, path)
     publisher.update(model, version=1)   ── handle ──▶ receiver.poll()    # between two rollouts
 
-gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames) · publisher · receiver
+gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames)
+publisher · receiver · sglang
 """
 
 from . import gather
@@ -26,7 +27,7 @@ from .errors import (
     Unsupported,
     UpdateError,
 )
-from .publisher import Local, Publisher, UpdateReport
+from .publisher import EngineReport, Local, Publisher, UpdateReport
 from .receiver import Receiver
 from .sglang import SGLang
 
@@ -36,6 +37,7 @@ __all__ = [
     "ChecksumMismatch",
     "DtypeMismatch",
     "EngineDirty",
+    "EngineReport",
     "Local",
     "ManifestUnknown",
     "MissingName",

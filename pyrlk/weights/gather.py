@@ -62,6 +62,12 @@ def is_hf(module: object) -> bool:
     )
 
 
+@torch.no_grad()
+def saved_forms(module: nn.Module, buffers: Sequence[str] = BUFFERS) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of `hf(module)` where the module has no data (meta tensors)."""
+    return _as_saved(module, _kept(module, buffers, ModuleState(module).tensors()))
+
+
 class _View(NamedTuple):
     """A checkpoint name as a part of one tensor of the module."""
 
@@ -101,14 +107,18 @@ class Checkpoint:
 
     def _find(self, state: dict[str, Tensor]) -> dict[str, _View]:
         module = self._state.module()
-        left_out = _untrained(module, self._buffers) | _second_names(module, state)
-        kept = {name: tensor for name, tensor in state.items() if name not in left_out}
+        kept = _kept(module, self._buffers, state)
         # Addresses tell which tensor a view is of: the outermost one, where one is part of another.
         ends = {}
         for name, tensor in kept.items():
             key = tensor.untyped_storage().data_ptr()
             ends.setdefault(key, []).append((name, tensor))
         return {name: _locate(name, view, ends) for name, view in _as_saved(module, kept).items()}
+
+
+def _kept(module: nn.Module, buffers: Sequence[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    left_out = _untrained(module, buffers) | _second_names(module, state)
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
 
 
 def _as_saved(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +139,8 @@ class _NoCopies(TorchDispatchMode):
 def _locate(name: str, view: Tensor, candidates: dict[int, list[tuple[str, Tensor]]]) -> _View:
     for source, tensor in candidates.get(view.untyped_storage().data_ptr(), []):
         offset = view.storage_offset() - tensor.storage_offset()
-        if view.dtype == tensor.dtype and 0 <= offset and _extent(view) + offset <= _extent(tensor):
+        inside = offset >= 0 and _extent(view) + offset <= _extent(tensor)
+        if inside and view.dtype == tensor.dtype:
             return _View(source, offset, view.size(), view.stride())
     raise Unsupported(
         f"{name!r}: transformers computes it when it saves, so it is no view of the module's "
@@ -144,7 +155,7 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((n - 1) * z for n, z in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _untrained(module: nn.Module, buffers: tuple[str, ...]) -> set[str]:
+def _untrained(module: nn.Module, buffers: Sequence[str]) -> set[str]:
     named = module.named_buffers(remove_duplicate=False)
     return {name for name, _ in named if name.rpartition(".")[2] not in buffers}
 

@@ -93,7 +93,7 @@ def learn(expect: object, model_path: str, *, unchecked: bool, engine_checks: bo
     """
     if expect is not None:
         return Manifest("expect", _given(expect))
-    table = _checkpoint(model_path)
+    table = checkpoint(model_path)
     if table is not None:
         return Manifest("checkpoint", table)
     if engine_checks:
@@ -120,7 +120,7 @@ def _given(expect: object) -> dict[str, torch.Tensor]:
     return {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in expect.items()}
 
 
-def _checkpoint(model_path: str) -> dict[str, torch.Tensor] | None:
+def checkpoint(model_path: str) -> dict[str, torch.Tensor] | None:
     """What the safetensors files of a folder hold; None where there are none to read."""
     if not model_path or not os.path.isdir(model_path):
         return None

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import os
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from . import gather, memory, wire
 from . import layout as layouts
-from .errors import EngineDirty, PeerLost, Timeout, Unsupported, UpdateError
+from .errors import EngineDirty, PeerLost, StaleVersion, Timeout, Unsupported, UpdateError
 from .source import ModuleState, NamedTensors, Source
 from .wire import Frame, Type
 
@@ -57,6 +58,7 @@ class Session(Protocol):
     def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...
     def outcome(self, layout: layouts.Layout) -> Outcome: ...
+    def release_staging(self) -> None: ...  # between updates
     def close(self) -> None: ...  # politely
     def abandon(self) -> None: ...  # at once
 
@@ -98,6 +100,8 @@ class UpdateReport:
     mode : "bucket": packed into staging buckets; "plan": and replayed by SGLang's loader
     names_from : what names were checked against: "module", "expected", "expect", "checkpoint",
         "engine" or "unchecked"
+    engines : with a list of targets, what became of each; the figures above are of the first that
+        has the new version
     """
 
     version: int
@@ -109,6 +113,7 @@ class UpdateReport:
     seconds: dict[str, float] = field(default_factory=dict)
     mode: str = "bucket"
     names_from: str = "module"
+    engines: list[EngineReport] = field(default_factory=list)
 
     def __str__(self) -> str:
         rate = self.bytes / self.seconds["total"] / 1e9 if self.seconds.get("total") else 0.0
@@ -120,18 +125,33 @@ class UpdateReport:
             ("buckets", str(self.buckets)),
             ("bytes", f"{self.bytes:,} ({rate:.2f} GB/s)"),
             *((stage, f"{value * 1e3:.2f} ms") for stage, value in self.seconds.items()),
+            *(
+                (str(e.target), "updated" if e.error is None else repr(e.error))
+                for e in self.engines
+            ),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+@dataclass
+class EngineReport:
+    """One of several engines: `report` if it has the new version, else `error` says why not."""
+
+    target: Target
+    report: UpdateReport | None = None
+    error: UpdateError | None = None
+
+
 class Publisher:
-    """Hands the trainer's weights to an engine, one version at a time.
+    """Hands the trainer's weights to its engines, one version at a time.
 
     Parameters
     ----------
-    target : Local or SGLang
-        The engine.
+    target : Local, SGLang, or a list of them
+        The engine, or several.
+    group : None
+        One process publishes: gather sharded tensors first.
     bucket_bytes : int
         Largest staging bucket; a larger tensor gets a bucket of its own.
     buffers : int
@@ -141,6 +161,10 @@ class Publisher:
         it copies, and again over what it copied. "off": neither.
     timeout : float
         Seconds that any single wait may take.
+    on_failure : {"isolate", "all"}
+        Of several engines one fails. "isolate": the others are updated, `report.engines` tells, and
+        only if all fail the first error is raised. "all": no engine is updated unless every one
+        accepts, and the first error is raised; an engine that has the version by then keeps it.
 
     Notes
     -----
@@ -149,24 +173,34 @@ class Publisher:
 
     def __init__(
         self,
-        target: Target,
+        target: Target | Sequence[Target],
         *,
+        group: None = None,
         bucket_bytes: int = 512 << 20,
         buffers: int = 2,
         verify: str = "copy",
         timeout: float = 30.0,
+        on_failure: str = "isolate",
     ):
-        if not isinstance(target, Target):
-            raise TypeError(
-                f"target must be weights.Local or weights.SGLang, got {type(target).__name__}"
-            )
+        targets = list(target) if isinstance(target, list | tuple) else [target]
+        for one in targets:
+            if not isinstance(one, Target):
+                raise TypeError(
+                    "target must be weights.Local or weights.SGLang, or a list of them, got "
+                    f"{type(one).__name__}"
+                )
+        if not targets or len(set(map(repr, targets))) != len(targets):
+            raise ValueError("target: a list must not be empty and not name an engine twice")
+        if group is not None:
+            raise Unsupported("group: one process publishes; gather sharded tensors to it first")
+        if on_failure not in ("isolate", "all"):
+            raise ValueError(f'on_failure must be "isolate" or "all", got {on_failure!r}')
         _check_int("bucket_bytes", bucket_bytes, 1, 1 << 46)
         _check_int("buffers", buffers, 1, wire.MAX_SLOTS)
         if verify not in ("copy", "off"):
             raise ValueError(f'verify must be "copy" or "off", got {verify!r}')
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        self._target = target
         self._bucket_bytes = bucket_bytes
         self._buffers = buffers
         self._verify = verify == "copy"
@@ -176,9 +210,11 @@ class Publisher:
         self._closed = False
         self._plan: Plan | None = None  # of the last update
         self._module: gather.Checkpoint | ModuleState | None = None
-        self._boot: bytes | None = None  # of the engine that took our last update
-        self._holder: list[Session] = []  # at most one; shared with the finalizer
-        self._finalizer = weakref.finalize(self, _close_sessions, self._holder, self._pid)
+        self._last: _Last | None = None
+        self._several = isinstance(target, list | tuple)
+        self._all_or_none = on_failure == "all"
+        self._engines = [_Engine(one, self._timeout) for one in targets]
+        self._finalizer = weakref.finalize(self, _close_sessions, self._engines, self._pid)
 
     @torch.no_grad()
     def update(
@@ -221,32 +257,75 @@ class Publisher:
             self._check_usable()
             clock = Clock()
             plan = self._plan_of(named_tensors)
-            layout = plan.layout
             clock.lap("plan")
-            session = self._connected()
-            clock.lap("connect")
-            if partial and self._boot not in (None, session.boot):
-                raise EngineDirty(
-                    "the engine was restarted and has lost its version: send a full update first"
-                )
+            order = _Order(version, partial, self._verify, selector, self._buffers)
+            source = self._remembered(named_tensors)
             try:
-                session.begin(layout, version, partial, self._verify, selector)
-                clock.lap("check")
-                session.stage(layout, plan.device, self._buffers)
-                clock.lap("stage")
-                applied = session.send(plan, self._verify, clock)
-            except BaseException as error:
-                if not session.settled:
-                    self._drop(session)
-                if isinstance(error, PeerLost | Timeout):
-                    error.dirty = session.handed_over  # nobody is left to ask
-                raise
+                report = self._publish(self._engines, plan, order, clock)
             finally:
                 plan.forget_tensors()
-            self._boot = session.boot
-            clock.seconds["verify"] = applied.verify_seconds
-            clock.seconds["copy"] = applied.copy_seconds
-            return self._report(layout, session, version, clock)
+            self._last = _Last(order, source)
+            return report
+
+    @torch.no_grad()
+    def ensure(self, version: int) -> UpdateReport | None:
+        """Bring engines that missed the last update, or were restarted since, up to it.
+
+        Parameters
+        ----------
+        version : int
+            Of the last update; the weights must not have changed since. That update was a full one,
+            and its module or tensors are still there.
+
+        Returns
+        -------
+        UpdateReport or None
+            None where every engine has the version.
+
+        Raises
+        ------
+        ValueError
+            Another version, or tensors that are gone.
+        StaleVersion
+            The weights have changed since `version`: send them under a new one. Found by the sums
+            of the packed tensors, before they are handed over (not with verify="off").
+        UpdateError
+            As `update`.
+        """
+        _check_int("version", version, 0, 1 << 62)
+        with self._lock:
+            self._check_usable()
+            last = self._last
+            if last is None or last.order.version != version:
+                known = "none" if last is None else str(last.order.version)
+                raise ValueError(
+                    f"version must be that of the last update ({known}), got {version}"
+                )
+            late = [engine for engine in self._engines if not engine.has(version)]
+            if not late:
+                return None
+            if last.order.partial:
+                raise EngineDirty(f"version {version} was partial: send a full update")
+            clock = Clock()
+            plan = self._plan_of(last.source())
+            clock.lap("plan")
+            plan.same_sums = True
+            try:
+                return self._publish(late, plan, last.order, clock)
+            finally:
+                plan.same_sums = False
+                plan.forget_tensors()
+
+    def release_staging(self) -> None:
+        """Give the staging memory back until the next update, which allocates it anew.
+
+        An engine unmaps its side when it polls next.
+        """
+        with self._lock:
+            self._check_usable()
+            for engine in self._engines:
+                if engine.session is not None and engine.session.alive():
+                    engine.session.release_staging()
 
     def close(self) -> None:
         """End the session and free the staging memory; idempotent."""
@@ -280,35 +359,158 @@ class Publisher:
             self._plan = Plan(source, self._bucket_bytes)
         return self._plan
 
-    def _connected(self) -> Session:
-        if self._holder and not self._holder[0].alive():
-            self._drop(self._holder[0])
-        if not self._holder:
-            # A first engine may still be starting; one that was here and is gone is an error now.
-            patience = self._timeout if self._boot is None else 0.0
-            self._holder.append(self._target.open(patience, self._timeout))
-        return self._holder[0]
-
-    def _drop(self, session: Session) -> None:
-        self._holder.clear()
-        session.abandon()
-
-    def _report(
-        self, layout: layouts.Layout, session: Session, version: int, clock: Clock
+    def _publish(
+        self, engines: list[_Engine], plan: Plan, order: _Order, clock: Clock
     ) -> UpdateReport:
-        outcome = session.outcome(layout)
+        """Carry an order out on each engine."""
+        entries = [EngineReport(engine.target) for engine in engines]
+        begun: list[_Engine] = []
+        try:
+            if self._all_or_none:
+                for engine in engines:
+                    begun.append(engine)
+                    engine.begin(plan, order, clock)
+            for engine, entry in zip(engines, entries, strict=True):
+                own = clock.copy()
+                try:
+                    if not self._all_or_none:
+                        engine.begin(plan, order, own)
+                    entry.report = engine.send(plan, order, own)
+                except UpdateError as error:
+                    if self._all_or_none or not self._several:
+                        raise
+                    entry.error = error
+        except BaseException:
+            for engine in begun:
+                engine.cancel()
+            raise
+        done = [entry.report for entry in entries if entry.report is not None]
+        if not done:
+            raise next(entry.error for entry in entries if entry.error is not None)
+        return dataclasses.replace(done[0], engines=entries) if self._several else done[0]
+
+    def _remembered(self, named_tensors: NamedTensors) -> Callable[[], NamedTensors]:
+        """Where `ensure` finds the tensors of an update; nothing is kept alive for it."""
+        if isinstance(named_tensors, nn.Module):
+            module = weakref.ref(named_tensors)
+            return lambda: _still_there(module())
+        assert self._plan is not None
+        names = self._plan.source.names
+        references = list(map(weakref.ref, self._plan.source.tensors))
+        return lambda: [(n, _still_there(r())) for n, r in zip(names, references, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What an update asks of every engine."""
+
+    version: int
+    partial: bool
+    verify: bool
+    selector: str
+    buffers: int
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last update, for `ensure`."""
+
+    order: _Order
+    source: Callable[[], NamedTensors]
+
+
+def _still_there(thing: Any) -> Any:
+    if thing is None:
+        raise ValueError("version: its tensors are gone; call update with the weights")
+    return thing
+
+
+class _Engine:
+    """One target: its session, and what was last published to it."""
+
+    def __init__(self, target: Target, timeout: float):
+        self.target = target
+        self.session: Session | None = None
+        self._timeout = timeout
+        self._boot: bytes | None = None  # of the engine that took our last update
+        self._version = -1
+
+    def begin(self, plan: Plan, order: _Order, clock: Clock) -> None:
+        """Connect, let the engine judge the update, and have staging memory ready."""
+        session = self._connected()
+        clock.lap("connect")
+        if order.partial and self._boot not in (None, session.boot):
+            raise EngineDirty(
+                "the engine was restarted and has lost its version: send a full update first"
+            )
+        with self._dropping(session):
+            session.begin(plan.layout, order.version, order.partial, order.verify, order.selector)
+            clock.lap("check")
+            session.stage(plan.layout, plan.device, order.buffers)
+            clock.lap("stage")
+
+    def send(self, plan: Plan, order: _Order, clock: Clock) -> UpdateReport:
+        session = self.session
+        assert session is not None  # begin() comes first
+        with self._dropping(session):
+            applied = session.send(plan, order.verify, clock)
+        self._boot, self._version = session.boot, order.version
+        outcome = session.outcome(plan.layout)
+        clock.seconds["verify"] = applied.verify_seconds
+        clock.seconds["copy"] = applied.copy_seconds
         clock.seconds["total"] = clock.total()
         return UpdateReport(
-            version=version,
+            version=order.version,
             tensors=outcome.tensors,
             planned=outcome.planned,
             fallback=outcome.fallback,
-            bytes=layout.nbytes,
-            buckets=len(layout.buckets),
+            bytes=plan.layout.nbytes,
+            buckets=len(plan.layout.buckets),
             seconds=clock.seconds,
             mode=outcome.mode,
             names_from=outcome.names_from,
         )
+
+    def cancel(self) -> None:
+        """Leave an update that was begun and not sent: the engine goes on as it was."""
+        if self.session is not None and not self.session.settled:
+            self._drop(self.session)
+
+    def has(self, version: int) -> bool:
+        """Whether the engine took that version from us and still runs."""
+        if self.session is None or not self.session.alive() or self._version != version:
+            return False
+        return self.session.boot == self._boot
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    @contextlib.contextmanager
+    def _dropping(self, session: Session) -> Iterator[None]:
+        """An error inside a transaction ends the session."""
+        try:
+            yield
+        except BaseException as error:
+            if not session.settled:
+                self._drop(session)
+            if isinstance(error, PeerLost | Timeout):
+                error.dirty = session.handed_over  # nobody is left to ask
+            raise
+
+    def _connected(self) -> Session:
+        if self.session is not None and not self.session.alive():
+            self._drop(self.session)
+        if self.session is None:
+            # A first engine may still be starting; one that was here and is gone is an error now.
+            patience = self._timeout if self._boot is None else 0.0
+            self.session = self.target.open(patience, self._timeout)
+        return self.session
+
+    def _drop(self, session: Session) -> None:
+        self.session = None
+        session.abandon()
 
 
 class Plan:
@@ -317,6 +519,8 @@ class Plan:
     def __init__(self, source: Source, bucket_bytes: int):
         source.note()
         self.source = source
+        self.sums: dict[int, list[int]] = {}  # of each bucket, as last packed with verify="copy"
+        self.same_sums = False  # ensure(): the weights must be those of the update before
         self.device = source.placement()
         self.layout = layouts.plan(source.specs(), bucket_bytes)
         entries = self.layout.entries
@@ -331,6 +535,11 @@ class Plan:
         for copies, pieces in zip(self.copies, self.layout.pieces, strict=True):
             addresses = [source.addresses[i] for i in pieces]
             copies.refill([source.tensors[i] for i in pieces], addresses)
+
+    def note_sums(self, bucket: int, sums: list[int]) -> None:
+        if self.same_sums and sums and self.sums.get(bucket, sums) != sums:
+            raise StaleVersion("the weights have changed since that version: send a new one")
+        self.sums[bucket] = sums
 
     def forget_tensors(self) -> None:
         """Between updates no tensor of the trainer is kept alive."""
@@ -350,6 +559,7 @@ class _Session:
         self._ring = memory.Ring([])
         self._device = torch.device("cpu")
         self._transaction = 0
+        self._retiring = False  # RETIRE was sent, RETIRED has not come yet
         self._digest = b""
         try:
             hello = wire.Hello(secrets.token_bytes(16))
@@ -383,6 +593,7 @@ class _Session:
         """Let the receiver judge the manifest; raises what it found."""
         if selector != "all":
             raise Unsupported(f"a Receiver has one model: selector {selector!r} is SGLang's")
+        self._await_retired()
         self._transaction += 1
         self.settled = self.handed_over = False
         fds = []
@@ -444,6 +655,7 @@ class _Session:
             slot.fill()
             sums = slot.segment.pack(copies, checksum=verify, threads=threads)
             slot.segment.finish()
+            plan.note_sums(bucket, sums)
             slot.ready()
             message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums))
             self.handed_over = True
@@ -456,13 +668,32 @@ class _Session:
         clock.lap("wait")
         return applied
 
+    def release_staging(self) -> None:
+        if not self._ring.slots or self._retiring:
+            return
+        self._send(Type.RETIRE)
+        self._retiring = True
+        if self._device.type == "cuda":
+            self._await_retired()  # the importer closes before the exporter frees
+        self._ring.close()
+        self._ring = memory.Ring([])
+
+    def _await_retired(self) -> None:
+        """The answer to `release_staging`, which an engine gives when it polls."""
+        if self._retiring:
+            self._expect(Type.RETIRED)
+            self._retiring = False
+
     def close(self) -> None:
         """End politely: the receiver closes its handles first."""
         if self.settled:
             with contextlib.suppress(UpdateError):
+                cuda = self._device.type == "cuda"
+                if cuda:
+                    self._await_retired()
                 self._transaction += 1
                 self._send(Type.CLOSE)
-                if self._device.type == "cuda":
+                if cuda:
                     self._expect(Type.CLOSED)
         self.abandon()
 
@@ -497,10 +728,10 @@ class _Session:
 _LEAKED: list[memory.Ring] = []
 
 
-def _close_sessions(holder: list[Session], pid: int) -> None:
+def _close_sessions(engines: list[_Engine], pid: int) -> None:
     if os.getpid() == pid:
-        while holder:
-            holder.pop().close()
+        for engine in engines:
+            engine.close()
 
 
 class Clock:
@@ -517,6 +748,13 @@ class Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self._start
+
+    def copy(self) -> Clock:
+        """With the same past: what follows is one engine's own."""
+        other = Clock()
+        other._start, other._last = self._start, self._last
+        other.seconds = dict(self.seconds)
+        return other
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

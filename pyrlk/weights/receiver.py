@@ -32,6 +32,7 @@ from .errors import (
     EngineDirty,
     PeerLost,
     ProtocolError,
+    StagingError,
     StaleVersion,
     UpdateError,
 )
@@ -180,24 +181,32 @@ class Receiver:
                 return None
             if self._session is not None and ready & set(self._session.channel.watched()):
                 return self._session.channel.recv(0.0)
-            self._accept()
+            if not self._accept():
+                return None
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Let a publisher in, or tell it that there is one; False if that cannot be done now."""
         if self._listener is None:
             raise PeerLost("the publisher is gone")
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
-            return
+            return True
+        except OSError as error:
+            # Out of descriptors: whoever knocks goes on waiting, and so does this side, a little.
+            self.last_error = StagingError(f"no socket: {error.strerror} (ulimit -n)")
+            time.sleep(0.01)
+            return False
         channel = wire.Channel(sock)
         if self._session is not None:
-            error = Busy(f"{self._session.channel.peer} is this engine's publisher")
+            busy = Busy(f"{self._session.channel.peer} is this engine's publisher")
             with contextlib.suppress(UpdateError):
-                failed = Frame(Type.FAILED, 0, wire.Failed.of(error).encode())
+                failed = Frame(Type.FAILED, 0, wire.Failed.of(busy).encode())
                 channel.send(failed, time.monotonic())
             channel.close()
-            return
+            return True
         self._session = _Session(channel)
+        return True
 
     def _greet(self, frame: Frame) -> None:
         """Answer what comes outside a transaction."""
@@ -208,9 +217,13 @@ class Receiver:
             welcome = wire.Welcome(self._boot, self.version, self.dirty, self._engine.names_from)
             self._send(Type.WELCOME, 0, welcome.encode())
             session.greeted = True
+        elif frame.type is Type.RETIRE and session.greeted:
+            session.close_segments()
+            self._send(Type.RETIRED, frame.transaction)
         elif frame.type is Type.CLOSE:
             session.close_segments()
-            self._send(Type.CLOSED, frame.transaction)
+            with contextlib.suppress(UpdateError):  # a publisher need not wait for the answer
+                self._send(Type.CLOSED, frame.transaction)
             self._drop(None)
         else:
             raise ProtocolError(f"{frame.type.name} outside an update")

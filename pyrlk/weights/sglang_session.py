@@ -103,6 +103,9 @@ class ServerSession:
             fallback=dict.fromkeys(names, "bucket mode: SGLang's load_weights"),
         )
 
+    def release_staging(self) -> None:
+        """Nothing is kept between updates, unless a mode says so."""
+
     def close(self) -> None:
         self.abandon()
 
@@ -208,6 +211,9 @@ class BucketSession(ServerSession):
             self._finish()
         clock.lap("finish")
         return wire.Applied(self._version, 0.0, 0.0)
+
+    def release_staging(self) -> None:
+        self._release()
 
     def abandon(self) -> None:
         super().abandon()

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import memory
-from .errors import PeerLost, ProtocolError, Timeout, UpdateError, from_code
+from .errors import PeerLost, ProtocolError, StagingError, Timeout, UpdateError, from_code
 from .layout import MAX_MANIFEST, MAX_PIECES
 
 PROTOCOL = 1
@@ -68,6 +68,44 @@ class Type(enum.IntEnum):
     ATTACH = 15
     STATUS = 16
     REASON = 17
+
+
+class State(enum.Enum):
+    """How far a connection has come, as each side sees it: named by the last frame."""
+
+    CONNECTED = "nothing was said yet"
+    GREETING = "HELLO is under way"
+    GREETED = "the receiver has named itself; between updates"
+    JUDGING = "BEGIN is under way: names, shapes, dtypes, version"
+    CHECKED = "the update fits"
+    OPENING = "a segment is announced"
+    OPENED = "a segment is mapped by the receiver"
+    RETIRING = "segments are about to be closed"
+    RETIRED = "no segment is mapped"
+    COPYING = "a bucket is announced: the receiver may be copying it"
+    COPIED = "a bucket is in the engine"
+    APPLIED = "the version is the new one"
+    REFUSED = "the update is off"
+    CLOSING = "the publisher takes its leave"
+    CLOSED = "nothing is left"
+
+
+_STATE_AFTER = {
+    Type.HELLO: State.GREETING,
+    Type.WELCOME: State.GREETED,
+    Type.SEGMENT: State.OPENING,
+    Type.OPENED: State.OPENED,
+    Type.RETIRE: State.RETIRING,
+    Type.RETIRED: State.RETIRED,
+    Type.BEGIN: State.JUDGING,
+    Type.CHECKED: State.CHECKED,
+    Type.BUCKET: State.COPYING,
+    Type.ACK: State.COPIED,
+    Type.APPLIED: State.APPLIED,
+    Type.FAILED: State.REFUSED,
+    Type.CLOSE: State.CLOSING,
+    Type.CLOSED: State.CLOSED,
+}
 
 
 @dataclass
@@ -366,6 +404,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket):
         self._sock = sock
+        self.state = State.CONNECTED
         sock.setblocking(False)
         pid, uid, _ = struct.unpack(
             "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -401,6 +440,7 @@ class Channel:
         while True:
             try:
                 self._sock.sendmsg([data], rights if frame.fds else [], socket.MSG_NOSIGNAL)
+                self.state = _STATE_AFTER[frame.type]
                 return
             except (BlockingIOError, InterruptedError):
                 self._wait(select.POLLOUT, deadline)
@@ -437,6 +477,7 @@ class Channel:
                 os.close(fd)
             raise
         frame.fds = fds
+        self.state = _STATE_AFTER[frame.type]
         return frame
 
     def close(self) -> None:
@@ -559,7 +600,10 @@ def connect(path: str, deadline: float) -> Channel:
         Nobody listens.
     """
     while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise StagingError(f"no socket: {error.strerror} (ulimit -n)") from None
         try:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             sock.connect(path)
@@ -584,15 +628,18 @@ _MANIFEST_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 def manifest_fd(data: bytes) -> int:
     """A sealed memfd that holds the manifest: any length, and nobody can change it later."""
-    fd = os.memfd_create("pyrlk-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        fd = os.memfd_create("pyrlk-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise StagingError(f"manifest: {error.strerror} (ulimit -n)") from None
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _MANIFEST_SEALS | fcntl.F_SEAL_SEAL)
-    except OSError:
+    except OSError as error:
         os.close(fd)
-        raise
+        raise StagingError(f"manifest: {error.strerror}") from None
     return fd
 
 

@@ -95,12 +95,12 @@ def test_a_killed_engine_costs_nothing_but_the_resume(start, tmp_path):
     error = killed.process.stderr.readline().rstrip()
     assert time.monotonic() - start_of_end < 5.0
     code, rest = killed.finish()
-    saved = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
+    saved = torch.load(tmp_path / "killed" / "checkpoint.safetensors", weights_only=True)
     assert code == 1
     assert rest == ""
     assert error == (
         f"failed: the engine process was killed by SIGKILL; step {saved['step']} is saved in "
-        f"{tmp_path}/killed/checkpoint.pt: the same command with --resume continues"
+        f"{tmp_path}/killed/checkpoint.safetensors: the same command with --resume continues"
     )
     assert saved["step"] == killed.steps()
 

@@ -365,7 +365,8 @@ def test_bad_options_are_named(socket_path, options, error, message):
 
 def test_bad_arguments_are_named(socket_path):
     with pytest.raises(
-        TypeError, match=r"target must be weights\.Local or weights\.SGLang, got str"
+        TypeError,
+        match=r"target must be weights\.Local or weights\.SGLang, or a list of them, got str",
     ):
         weights.Publisher(socket_path)
     with pytest.raises(TypeError, match="model_or_load_weights must be an"):
