@@ -90,6 +90,7 @@ class State(enum.Enum):
     CLOSED = "nothing is left"
 
 
+# ATTACH, STATUS and REASON only add to the state in which they are sent.
 _STATE_AFTER = {
     Type.HELLO: State.GREETING,
     Type.WELCOME: State.GREETED,
@@ -440,7 +441,7 @@ class Channel:
         while True:
             try:
                 self._sock.sendmsg([data], rights if frame.fds else [], socket.MSG_NOSIGNAL)
-                self.state = _STATE_AFTER[frame.type]
+                self.state = _STATE_AFTER.get(frame.type, self.state)
                 return
             except (BlockingIOError, InterruptedError):
                 self._wait(select.POLLOUT, deadline)
@@ -477,7 +478,7 @@ class Channel:
                 os.close(fd)
             raise
         frame.fds = fds
-        self.state = _STATE_AFTER[frame.type]
+        self.state = _STATE_AFTER.get(frame.type, self.state)
         return frame
 
     def close(self) -> None:
