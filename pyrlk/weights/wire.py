@@ -6,7 +6,7 @@
     publisher → receiver                          receiver → publisher
     HELLO    nonce                                WELCOME  boot nonce, version, dirty, names_from
     SEGMENT  index, handle [+ descriptor]         OPENED   index
-    RETIRE   (all segments)                       RETIRED
+    RETIRE   all segments, or the trainer's own   RETIRED
     BEGIN    version, flags, digest [+ manifest]  CHECKED  | FAILED
     BUCKET   bucket, slot, generation, sums       ACK      bucket, slot, generation
                                                   APPLIED  version, …  | FAILED code, dirty, message
@@ -35,11 +35,11 @@ from pathlib import Path
 
 from . import memory
 from .errors import PeerLost, ProtocolError, StagingError, Timeout, UpdateError, from_code
-from .layout import MAX_MANIFEST, MAX_PIECES
+from .layout import MAX_DIRECT, MAX_MANIFEST, MAX_PIECES
 
 PROTOCOL = 1
 MAX_BODY = 60 << 10
-MAX_SLOTS = 64
+MAX_SLOTS = 64  # segments numbered from here on are the trainer's own (direct)
 _MAGIC = b"PRLK"
 _HEADER = struct.Struct("<4sHHQII")
 _MAX_FDS = 1
@@ -205,7 +205,12 @@ class SegmentInfo:
     @classmethod
     def decode(cls, body: bytes) -> SegmentInfo:
         index, kind, nbytes, ident, uuid, ipc, offset = _unpack(cls._form, body, "SEGMENT")
-        if index >= MAX_SLOTS or kind not in (0, 1) or not 0 < nbytes < 1 << 62 or offset >> 62:
+        if (
+            index >= MAX_SLOTS + MAX_DIRECT
+            or kind not in (0, 1)
+            or not 0 < nbytes < 1 << 62
+            or offset >> 62
+        ):
             raise ProtocolError(f"SEGMENT: index {index}, kind {kind}, {nbytes} bytes, +{offset}")
         handle = memory.Handle(memory.Kind(kind), nbytes, ident, uuid, ipc, offset)
         return cls(index, handle)
@@ -223,6 +228,21 @@ class Opened:
     @classmethod
     def decode(cls, body: bytes) -> Opened:
         return cls(*_unpack(cls._form, body, "OPENED"))
+
+
+@dataclass(frozen=True)
+class Retire:
+    direct_only: bool
+
+    _form = struct.Struct("<B")
+
+    def encode(self) -> bytes:
+        return self._form.pack(self.direct_only)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Retire:
+        (direct_only,) = _unpack(cls._form, body, "RETIRE")
+        return cls(_flag(direct_only, "RETIRE"))
 
 
 @dataclass(frozen=True)
