@@ -171,6 +171,7 @@ assert (first.offset, second.offset, third.offset) == (2048, 2560, 3072)
 assert first.handle.kind is memory.Kind.CUDA
 print(first.handle.uuid.hex(), first.handle.nbytes, first.handle.offset)
 assert exports.find(Tensor(at + 4000, 200)) is None  # leaves the allocation
+_C.cuda_free(1, at)
 """
     )
     out = run(code, PYRLK_LIBCUDA=driver, FAKE_CUDA_LOG=str(log))
@@ -180,7 +181,7 @@ assert exports.find(Tensor(at + 4000, 200)) is None  # leaves the allocation
 
 
 def test_a_tensor_of_another_allocator_is_staged(driver):
-    code = TENSOR + FIND + "print(found)"
+    code = TENSOR + FIND + "print(found); _C.cuda_free(1, at)"
     assert run(code, PYRLK_LIBCUDA=driver, FAKE_CUDA_NO_EXPORT="1") == "[None, None, None, None]\n"
 
 
