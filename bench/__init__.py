@@ -7,7 +7,8 @@ import json
 import re
 from pathlib import Path
 
-OPS = ("policy_loss", "linear", "sample", "pack")
+OPS = ("policy_loss", "scaling", "linear", "sample", "pack")
+TUNING = ("schedules",)  # by name alone: what a maintainer measures
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="pyrlk bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--op", choices=OPS, action="append", help="default: all; may be repeated")
+    parser.add_argument(
+        "--op", choices=OPS + TUNING, action="append", help=f"repeatable; default: {', '.join(OPS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes: a check, not a figure")
     parser.add_argument("--write", metavar="FOLDER", help="also write <device>.json there")
     args = parser.parse_args(argv)

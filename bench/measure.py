@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+import pyrlk
+
 
 class Timing(NamedTuple):
     """Milliseconds of one side, one entry a round."""
@@ -98,7 +100,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def _return_freed_memory() -> None:
-    """What the allocator keeps for later would be missing from the next peak (glibc only)."""
+    """What an allocator keeps for later (pyrlk's, glibc's) would be missing from the next peak."""
+    pyrlk.empty_cache()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

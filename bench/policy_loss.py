@@ -21,7 +21,7 @@ GATE = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ERROR_ROWS = 32
 
 
-class _Graph(torch.autograd.Function):
+class Graph(torch.autograd.Function):
     """Logits that belong to a graph, at no cost: the in-place op refuses leaves."""
 
     @staticmethod
@@ -71,7 +71,7 @@ class Case:
         return torch.empty_like(self.logits).copy_(self.logits)
 
     def inplace(self) -> None:
-        self.loss(_Graph.apply(self.handle, self.buffer), inplace=True).backward()
+        self.loss(Graph.apply(self.handle, self.buffer), inplace=True).backward()
 
     def restore(self) -> None:
         self.buffer.copy_(self.logits)

@@ -4,6 +4,13 @@
 
 Compiles ahead of time for each target and reads the result: cubins by cuobjdump (it ships in the
 triton wheel), AMD code by its own metadata. Global loads and stores are counted by their bits.
+
+A sweep is the straight code that takes one whole group of columns (row.py): its bytes and its
+instructions are counted an element. What a later sweep reads again is meant to come from L2 (rows)
+or lies there (split); a cooperative program keeps it in registers and has nothing to read again.
+
+A trip is the shortest way round a loop that takes one tile, the sampler's: its instructions an
+element.
 """
 
 import argparse
@@ -16,12 +23,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample
+from pyrlk.bench import sass as _sass
+from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample, schedule
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,47 +40,78 @@ TARGETS = {
 }
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "bounds_ptr")
-_POINTERS = dict.fromkeys(_INT64, "*i64") | {
-    "offsets_ptr": "*i64",
-    "kept_ptr": "*i32",
-    "ids_ptr": "*i32",
-    "status_ptr": "*u8",
-}
-_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "masses_ptr")
+_INT32 = (
+    "kept_ptr",
+    "ids_ptr",
+    "allowed_ptr",
+    "hits_ptr",
+    "found_ptr",
+    "support_ids_ptr",
+    "arrived_ptr",
+)
+_POINTERS = (
+    dict.fromkeys(_INT64, "*i64")
+    | dict.fromkeys(_INT32, "*i32")
+    | {"offsets_ptr": "*i64", "bits_ptr": "*i32", "status_ptr": "*u8"}
+)
+_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr", "spans_ptr", "list_ptr")
 
+_FREE = {"allowed_ptr": None}
+_SEARCH = _FREE | {"BLOCK": sample.CHUNK}
 _DENSE = {"ids_ptr": None, "offsets_ptr": None}
-_OBJECTIVE = {"CLIPPED": True, "KL": 0, "KL_IMPORTANCE": False, "ENTROPY_BONUS": False}
-_EVERYTHING = {"KL": 3, "KL_IMPORTANCE": True, "ENTROPY_BONUS": True}
-_NO_KL = {"temperature_ptr": None, "ref_logprobs_ptr": None, "entropy_ptr": None}
+_ROWS = {"SCHEDULE": "rows", "exchange_ptr": None, "arrived_ptr": None}
+_SPLIT = {"SCHEDULE": "split", "arrived_ptr": None}
+_COOPERATIVE = {"SCHEDULE": "cooperative"}
+_NUMBER = {"temperature_ptr": None}
+_DAPO = _NUMBER | {
+    "ref_logprobs_ptr": None,
+    "entropy_ptr": None,
+    "CLIPPED": True,
+    "KL": 0,
+    "KL_IMPORTANCE": False,
+    "ENTROPY": False,
+    "ENTROPY_BONUS": False,
+}
+_ALL = {"CLIPPED": True, "KL": 3, "KL_IMPORTANCE": True, "ENTROPY": True, "ENTROPY_BONUS": True}
+_REINFORCE = _DAPO | {"CLIPPED": False, "old_logprobs_ptr": None}
+
+_LOSS = policy_loss.policy_loss_fwd_kernel
+_SCORE, _SCORE_BACK = logprob.token_logprobs_fwd_kernel, logprob.token_logprobs_bwd_kernel
+_ALONE = _NUMBER | {"exchange_ptr": None}
 
 # One entry a shape of code that users run: name, kernel, what is None or constant in it.
 VARIANTS: list[tuple] = [
-    ("token_logprobs_fwd", logprob.token_logprobs_fwd_kernel, _DENSE | {"temperature_ptr": None}),
-    ("token_logprobs_fwd kept", logprob.token_logprobs_fwd_kernel, {"temperature_ptr": None}),
-    ("token_logprobs_bwd", logprob.token_logprobs_bwd_kernel, _DENSE | {"temperature_ptr": None}),
-    ("token_logprobs_bwd kept", logprob.token_logprobs_bwd_kernel, {"temperature_ptr": None}),
-    ("policy_loss_fwd dapo", policy_loss.policy_loss_fwd_kernel, _DENSE | _OBJECTIVE | _NO_KL),
-    (
-        "policy_loss_fwd dapo+k3+entropy",
-        policy_loss.policy_loss_fwd_kernel,
-        _DENSE | _OBJECTIVE | _EVERYTHING,
-    ),
-    (
-        "policy_loss_fwd dapo+k3+entropy kept",
-        policy_loss.policy_loss_fwd_kernel,
-        _OBJECTIVE | _EVERYTHING,
-    ),
-    (
-        "policy_loss_fwd reinforce",
-        policy_loss.policy_loss_fwd_kernel,
-        _DENSE | _OBJECTIVE | _NO_KL | {"CLIPPED": False, "old_logprobs_ptr": None},
-    ),
-    ("reinforce_grad_fwd", policy_loss.reinforce_grad_fwd_kernel, {"temperature_ptr": None}),
+    ("token_logprobs_fwd", _SCORE, _DENSE | _ALONE | {"entropy_ptr": None}),
+    ("token_logprobs_fwd entropy", _SCORE, _DENSE | _ALONE),
+    ("token_logprobs_fwd kept", _SCORE, _ALONE),
+    ("token_logprobs_bwd", _SCORE_BACK, _DENSE | _NUMBER | {"grad_entropy_ptr": None}),
+    ("token_logprobs_bwd entropy", _SCORE_BACK, _DENSE | _NUMBER),
+    ("token_logprobs_bwd kept", _SCORE_BACK, _NUMBER),
+    ("group_statistics_fwd", schedule.group_statistics_fwd_kernel, _NUMBER | {"ENTROPY": False}),
+    ("policy_loss_fwd dapo rows", _LOSS, _DENSE | _DAPO | _ROWS),
+    ("policy_loss_fwd dapo split", _LOSS, _DENSE | _DAPO | _SPLIT),
+    ("policy_loss_fwd dapo cooperative", _LOSS, _DENSE | _DAPO | _COOPERATIVE),
+    ("policy_loss_fwd all rows", _LOSS, _DENSE | _ALL | _ROWS),
+    ("policy_loss_fwd all cooperative", _LOSS, _DENSE | _ALL | _COOPERATIVE),
+    ("policy_loss_fwd all kept", _LOSS, _ALL | _ROWS),
+    ("policy_loss_fwd reinforce rows", _LOSS, _DENSE | _REINFORCE | _ROWS),
     ("scale_fwd", policy_loss.scale_fwd_kernel, {}),
-    ("sample_fwd", sample.sample_fwd_kernel, {"JOINT": False}),
-    ("support_fwd", sample.support_fwd_kernel, {}),
+    ("sample_tiles_fwd", sample.sample_tiles_fwd_kernel, _FREE),
+    ("sample_tiles_fwd allowed", sample.sample_tiles_fwd_kernel, {}),
+    ("sample_masses_fwd", sample.sample_masses_fwd_kernel, _FREE),
+    ("sample_fwd", sample.sample_fwd_kernel, _SEARCH | {"EXACT": False}),
+    ("sample_fwd exact", sample.sample_fwd_kernel, _SEARCH | {"EXACT": True}),
+    ("support_fwd", sample.support_fwd_kernel, _FREE | {"BLOCK": row.TILE // 2}),
 ]
+
+
+class Sweep(NamedTuple):
+    """The code that takes one group: bytes read and written, and instructions, an element."""
+
+    read: float
+    written: float
+    instructions: float
 
 
 @dataclasses.dataclass
@@ -86,6 +126,9 @@ class Entry:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    sweeps: list[Sweep]  # empty for AMD
+    offset_bits: int  # of the narrowest product in the offset of a row
+    trip: float  # of a sampler kernel; 0 on AMD
 
 
 def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bool = True):
@@ -94,9 +137,16 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
     constants = {
         "ALIGN": vector,
         "GRAD_ALIGN": vector,
+        "TAIL": vector,
         "BLOCK": row.TILE,
         "KEPT": kept.TILE,
         "SHIFT": {"fp32": 0, "fp16": 13, "bf16": 16}[dtype],
+        "TILE": row.TILE,
+        "SPAN": sample.SPAN,
+        "CAPACITY": sample.CAPACITY,
+        "MAX_TILES": sample.MAX_TILES,
+        "JOINT": False,
+        "KEEP_TIES": False,
     } | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -112,16 +162,41 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
             signature[name] = _POINTERS.get(name, "*fp32")
         else:
             signature[name] = parameter.annotation_type or "fp32"
+    options = sample.SEARCH if kernel is sample.sample_fwd_kernel else row.LAUNCH
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options=dict(row.LAUNCH))
+    return triton.compile(source, target=TARGETS[target], options=dict(options))
 
 
 def inspect_kernel(name, kernel, constants: dict, target: str, dtype: str, aligned=True) -> Entry:
     compiled = compile_kernel(kernel, constants, target, dtype, aligned)
     read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
-    registers, spills, loads, stores = read(compiled)
+    registers, spills, loads, stores, sweeps, trip = read(compiled)
+    block = constants.get("BLOCK", row.TILE)
+    trip *= compiled.metadata.num_warps * 32 / block * (kernel.__module__ == sample.__name__)
     shared = compiled.metadata.shared
-    return Entry(name, target, dtype, registers, spills, shared, loads, stores)
+    bits = row_offset_bits(compiled.asm["ttir"])
+    return Entry(
+        name, target, dtype, registers, spills, shared, loads, stores, sweeps, bits, round(trip, 1)
+    )
+
+
+def row_offset_bits(ttir: str) -> int:
+    """Bits of the narrowest product on the way to an offset from a V-sized base pointer."""
+    made = {}
+    for name, code in re.findall(r"(%[\w$.-]+) = (.*)", ttir):
+        operation, *_ = code.split()
+        made[name] = operation, re.findall(r"%[\w$.-]+", code), re.search(r": i(\d+)", code)
+    bases = "|".join(f"%{name}" for name in _LOGITS)
+    todo = re.findall(rf"tt\.addptr (?:{bases}), (%[\w$.-]+) :", ttir)
+    widths = [64] if todo else []
+    while todo:
+        operation, operands, bits = made.get(todo.pop(), ("", [], None))
+        if operation == "arith.muli":
+            widths.append(int(bits[1]))
+        # Quotients and remainders are row numbers: there a product is none of the offset.
+        if operation in ("arith.muli", "arith.addi", "arith.extsi"):
+            todo += operands
+    return min(widths)
 
 
 def _read_nvidia(compiled):
@@ -135,7 +210,39 @@ def _read_nvidia(compiled):
         )
     registers = _number(r"REG:(\d+)", usage)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return registers, spills, _widths(sass, "LDG"), _widths(sass, "STG")
+    sweeps = find_sweeps(sass, row.GROUP.value * row.TILE // (row.LAUNCH["num_warps"] * 32))
+    widths = _widths(sass, "LDG"), _widths(sass, "STG")
+    return registers, spills, *widths, sweeps, _sass.shortest_trip(sass)
+
+
+def find_sweeps(sass: str, elements: int) -> list[Sweep]:
+    """Sweeps of a listing, in order, by a thread that takes so many elements of a group.
+
+    They are the blocks between branches and their targets that access global memory 16 bytes at a
+    time and without a predicate. A mask is one, so the part of a row that has a mask is none; nor
+    are stores of RZ, which clear.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    targets = {
+        int(found[1], 16) for _, code in lines if (found := re.search(r"BRA.* (0x\w+)", code))
+    }
+    blocks: list[list[str]] = [[]]
+    for address, code in lines:
+        if int(address, 16) in targets:
+            blocks.append([])
+        blocks[-1].append(code)
+        if re.search(r"\b(?:BRA|EXIT|RET)\b", code):
+            blocks.append([])
+
+    def wide(block, opcode):
+        return sum(bool(re.match(rf"{opcode}\S*\.128 (?!.*, RZ)", code)) for code in block)
+
+    found = []
+    for block in blocks:
+        read, written = (16 * wide(block, opcode) / elements for opcode in ("LDG", "STG"))
+        if read or written:
+            found.append(Sweep(read, written, round(len(block) / elements, 2)))
+    return found
 
 
 def _number(pattern: str, text: str) -> int:
@@ -171,7 +278,7 @@ def _read_amd(compiled):
 
     # Scalar registers spill into lanes of a vector register, which costs no memory access.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return number("vgpr_count"), spills, widths("load"), widths("store")
+    return number("vgpr_count"), spills, widths("load"), widths("store"), [], 0
 
 
 def report(targets=tuple(TARGETS), dtypes=("fp32", "bf16"), only=None, aligned=True) -> list[Entry]:
@@ -200,19 +307,25 @@ def main(arguments=None) -> int:
         parser.error("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     entries = report(options.target, options.dtype, options.kernel, not options.unaligned)
     print(
-        f"{'kernel':36} {'target':7} {'dtype':5} regs spills shared  loads n×bits · stores n×bits"
+        f"{'kernel':33} {'target':7} {'dtype':5} regs spills shared  "
+        "sweeps: bytes read + written, instructions, an element"
     )
     for e in entries:
+        sweeps = "; ".join(f"{s.read:g} + {s.written:g}, {s.instructions:.1f}" for s in e.sweeps)
+        if e.trip:
+            sweeps = f"trip of {e.trip}"
         print(
-            f"{e.kernel:36} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
-            f"{_count(e.loads)} · {_count(e.stores)}"
+            f"{e.kernel:33} {e.target:7} {e.dtype:5} {e.registers:4} {e.spills:6} {e.shared:6}  "
+            f"{sweeps or f'{_count(e.loads)} · {_count(e.stores)} (loads · stores, n×bits)'}"
         )
     if options.json:
         data = {
             "triton": triton.__version__,
             "options": dict(row.LAUNCH),
             "tile": row.TILE,
-            "kernels": [dataclasses.asdict(e) for e in entries],
+            "kernels": [
+                dataclasses.asdict(e) | {"sweeps": [s._asdict() for s in e.sweeps]} for e in entries
+            ],
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -36,6 +36,16 @@ def _cells(row: dict) -> list[list[str]]:
     shape, dtype = "×".join(map(str, row["shape"])), row["dtype"]
     if "failed" in row:
         return [[row["op"], shape, dtype, "—", row["failed"], "—"]]
+    if "points" in row:
+        return [_growth(row)]
+    if "first_ms" in row:
+        against = (
+            f"{row['first_over_again']:.2f}× the calls after it (slowest first call "
+            f"{row['slowest_first_ms']:.2f} ms); torch.compile made {row['compiled_graphs']} "
+            "graph(s) of all"
+        )
+        first, error = f"{row['first_ms']:.2f}", f"{row['loss_error']:.1e}"
+        return [[row["op"], shape, dtype, first, against, error]]
     ms = {side: f"{t['ms']:.2f}" for side, t in row["times"].items()}
     if "inplace" in ms:
         error = f"{row['gradient_error']:.1e}"
@@ -51,6 +61,10 @@ def _cells(row: dict) -> list[list[str]]:
             [f"{row['op']}, drop-in", shape, dtype, ms["drop_in"],
              f"{row['drop_in_over_fresh']:.2f}× allocate + copy{peers}", error],
         ]  # fmt: skip
+    if "kernel" in ms:
+        kernel = f"{row['times']['kernel']['ms']:.4f}"
+        ratio = f"{row['over_copy']:.2f}× a warm copy"
+        return [[row["op"], shape, dtype, kernel, ratio, f"{row['gradient_error']:.1e}"]]
     if "linear" in ms:
         memory = row["unfused_peak_bytes"] / max(1, row["linear_peak_bytes"])
         ratio = (
@@ -73,6 +87,27 @@ def _cells(row: dict) -> list[list[str]]:
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",
          f"{row['logprob_error']:.1e}"],
     ]  # fmt: skip
+
+
+def _growth(row: dict) -> list[str]:
+    """Times of the smallest and the largest shape, and how far all large ones are from a line."""
+    points = row["points"]
+    sizes = [p["shape"][0] * p["shape"][1] for p in points]
+    large = [p["over_linear"] for p, n in zip(points, sizes, strict=True) if n >= 1 << 20]
+    against = (
+        f"{min(large):.2f} … {max(large):.2f}× a line through 0, from 2^20 elements on"
+        if large
+        else "too small for a line"
+    )
+    first, last = points[0], points[-1]
+    return [
+        row["op"],
+        f"{'×'.join(map(str, first['shape']))} … {'×'.join(map(str, last['shape']))}",
+        row["dtype"],
+        f"{first['ms']:.2f} … {last['ms']:.2f}",
+        against,
+        f"{row['loss_error']:.1e}",
+    ]
 
 
 def write_readme(readme: Path, results: Path) -> None:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -11,9 +12,12 @@
 
 #include "kernels/kernels.h"
 #include "memory/cuda_driver.h"
+#include "memory/dlpack.h"
 #include "memory/memfd.h"
 #include "memory/pack.h"
+#include "memory/scatter.h"
 #include "memory/threads.h"
+#include "memory/warm_pages.h"
 
 namespace py = pybind11;
 
@@ -48,6 +52,62 @@ struct Support {
 
   std::vector<std::vector<int32_t>> rows;
 };
+
+// A tensor in warm pages, as DLPack describes it to torch.
+struct WarmTensor {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape;
+
+  static void release(DLManagedTensor* self) {
+    auto* made = static_cast<WarmTensor*>(self->manager_ctx);
+    pyrlk::give_back_warm_pages(made->managed.dl_tensor.data);
+    delete made;
+  }
+};
+
+// A capsule for torch.from_dlpack, or None where the system has no such memory.
+py::object warm_tensor(const std::vector<int64_t>& shape, int dtype) {
+  const auto type = static_cast<pyrlk::DType>(dtype);
+  const auto item = static_cast<std::size_t>(pyrlk::item_size(type));
+  std::size_t bytes = item;
+  for (const int64_t n : shape) bytes *= static_cast<std::size_t>(n);
+  auto made = std::make_unique<WarmTensor>();
+  made->shape = shape;
+  void* block = nullptr;
+  {
+    py::gil_scoped_release nogil;
+    block = pyrlk::take_warm_pages(bytes);
+  }
+  if (block == nullptr) return py::none();
+  const auto code = uint8_t(type == pyrlk::DType::kBFloat16 ? 4 : 2);
+  made->managed.dl_tensor = {
+      block,   {1, 0}, int32_t(shape.size()), {code, uint8_t(8 * item), 1}, made->shape.data(),
+      nullptr, 0};
+  made->managed.manager_ctx = made.get();
+  made->managed.deleter = WarmTensor::release;
+  // A consumer renames the capsule; under its first name nobody took the tensor.
+  PyObject* capsule = PyCapsule_New(&made->managed, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    managed->deleter(managed);
+  });
+  if (capsule == nullptr) {
+    pyrlk::give_back_warm_pages(block);
+    throw py::error_already_set();
+  }
+  made.release();
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+void bind_warm_pages(py::module_& module) {
+  module.def("warm_tensor", warm_tensor);
+  module.def("release_warm_pages", &pyrlk::release_warm_pages,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("warm_pages", [] {
+    const pyrlk::WarmPages w = pyrlk::warm_pages();
+    return py::make_tuple(w.used, w.kept);
+  });
+}
 
 // kernels/: row statistics, losses, sampling.
 void bind_kernels(py::module_& module) {
@@ -366,10 +426,98 @@ void bind_memory(py::module_& module) {
              py::call_guard<py::gil_scoped_release>());
 }
 
+// The copies of one bucket of a load plan, parsed once and run at every update.
+class Replay {
+ public:
+  // dense: of each copy address, offset, itemsize, ndim, sizes, strides of the destination.
+  // strided: of each copy address, offset, itemsize, from, to, ndim, sizes, source strides,
+  // destination strides.
+  Replay(const py::buffer& dense, const py::buffer& strided) {
+    Reader in(dense);
+    while (in.more()) {
+      pyrlk::Piece piece{};
+      piece.data = in.address();
+      piece.offset = static_cast<std::uint64_t>(in.next());
+      piece.itemsize = static_cast<std::int32_t>(in.next());
+      piece.ndim = in.ndim();
+      in.fill(piece.sizes, piece.ndim);
+      in.fill(piece.strides, piece.ndim);
+      dense_.push_back(piece);
+    }
+    Reader rest(strided);
+    while (rest.more()) {
+      pyrlk::Scatter copy{};
+      copy.dst = rest.address();
+      copy.src_offset = static_cast<std::uint64_t>(rest.next());
+      copy.itemsize = static_cast<std::int32_t>(rest.next());
+      copy.from = static_cast<pyrlk::Format>(rest.next());
+      copy.to = static_cast<pyrlk::Format>(rest.next());
+      copy.ndim = rest.ndim();
+      rest.fill(copy.sizes, copy.ndim);
+      rest.fill(copy.src_strides, copy.ndim);
+      rest.fill(copy.dst_strides, copy.ndim);
+      strided_.push_back(copy);
+    }
+  }
+
+  // Sums of the dense copies as they went in, or none.
+  std::vector<std::uint64_t> run(std::uint64_t buffer, std::uint64_t bytes, bool checksum,
+                                 int threads) const {
+    std::vector<std::uint64_t> sums(checksum ? dense_.size() : 0);
+    const py::gil_scoped_release nogil;
+    const auto* source = reinterpret_cast<const void*>(buffer);
+    pyrlk::unpack(source, bytes, dense_.data(), dense_.size(), threads,
+                  checksum ? sums.data() : nullptr);
+    pyrlk::scatter(source, bytes, strided_.data(), strided_.size(), threads);
+    return sums;
+  }
+
+ private:
+  class Reader {
+   public:
+    explicit Reader(const py::buffer& buffer) : info_(buffer.request()) {
+      if (info_.itemsize != 8 || info_.ndim != 1) throw py::value_error("wanted an array('Q')");
+      at_ = static_cast<const std::int64_t*>(info_.ptr);
+      end_ = at_ + info_.size;
+    }
+    bool more() const { return at_ != end_; }
+    std::int64_t next() {
+      if (at_ == end_) throw py::value_error("a copy is cut short");
+      return *at_++;
+    }
+    void* address() { return reinterpret_cast<void*>(next()); }
+    std::int32_t ndim() {
+      const std::int64_t value = next();
+      if (value < 0 || value > pyrlk::kMaxDims) throw py::value_error("ndim must be 0 to 16");
+      return static_cast<std::int32_t>(value);
+    }
+    void fill(std::int64_t* to, std::int32_t count) {
+      for (std::int32_t i = 0; i < count; ++i) to[i] = next();
+    }
+
+   private:
+    py::buffer_info info_;
+    const std::int64_t* at_;
+    const std::int64_t* end_;
+  };
+
+  std::vector<pyrlk::Piece> dense_;
+  std::vector<pyrlk::Scatter> strided_;
+};
+
+void bind_replay(py::module_& module) {
+  py::class_<Replay>(module, "Replay")
+      .def(py::init<const py::buffer&, const py::buffer&>(), py::arg("dense"), py::arg("strided"))
+      .def("run", &Replay::run, py::arg("buffer"), py::arg("buffer_bytes"), py::arg("checksum"),
+           py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels and hand-over memory of pyrlk (raw pointers; see pyrlk/_C.pyi)";
   bind_kernels(module);
+  bind_warm_pages(module);
   bind_memory(module);
+  bind_replay(module);
 }

@@ -24,6 +24,8 @@ _HOME = {
     "policy_loss_from_logprobs": "from_logprobs",
     "reinforce_grad": "reinforce",
     "normalizer": "loss",
+    "mtp_loss": "mtp",
+    "MTPStats": "mtp",
     "PolicyStats": "_plan",
     "REINFORCE": "objective",
     "PPO": "objective",
@@ -46,6 +48,7 @@ _HOME = {
     "informative_groups": "batch",
     "soft_overlong_penalty": "batch",
     "DynamicSampler": "batch",
+    "empty_cache": "_op",
 }
 _MODULES = ("reference", "weights")
 
@@ -54,6 +57,7 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from . import reference as reference
     from . import weights as weights
+    from ._op import empty_cache as empty_cache
     from ._plan import PolicyStats as PolicyStats
     from .batch import DynamicSampler as DynamicSampler
     from .batch import group_advantages as group_advantages
@@ -67,6 +71,8 @@ if TYPE_CHECKING:
     from .loss import normalizer as normalizer
     from .loss import policy_loss as policy_loss
     from .loss import reinforce_loss as reinforce_loss
+    from .mtp import MTPStats as MTPStats
+    from .mtp import mtp_loss as mtp_loss
     from .objective import BNPO as BNPO
     from .objective import CISPO as CISPO
     from .objective import DAPO as DAPO

@@ -31,6 +31,8 @@ def tensor(name: str, x) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.device.type not in ("cpu", "cuda"):
         raise TypeError(f"{name} must be on cpu or cuda, got a tensor on {x.device}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
     return x
@@ -48,6 +50,12 @@ def number(name: str, x, low=-math.inf, high=math.inf, *, above: bool = False) -
     return float(x)
 
 
+def compute_number(name: str, x, z: Tensor, low=-math.inf, *, above: bool = False) -> float:
+    """A host number that the computation beside `z` can hold: float32, or float64 of float64."""
+    value = number(name, x, low, above=above)
+    return value if z.dtype == torch.float64 else float32_number(name, value)
+
+
 def float32_number(name: str, x: float) -> float:
     """`x` where float32 holds it: neither too large for it, nor rounded to 0."""
     if abs(x) > _FLOAT32.max or (x != 0 and abs(x) < _FLOAT32.smallest_normal / 2**23):
@@ -62,7 +70,7 @@ def integer(name: str, x) -> int:
 
 
 def choice(name: str, x, options: tuple[str, ...]) -> str:
-    if x not in options:
+    if not isinstance(x, str) or x not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {x!r}")
     return x
 
@@ -160,7 +168,7 @@ def tokens(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
 def floating(name: str, x, z: Tensor, shape=None, other_name: str = "logits") -> Tensor:
     """A float tensor that the computation may widen, never round: float64 only beside float64."""
     x = like(name, x, z, other_name)
-    if not x.is_floating_point():
+    if x.dtype not in (*LOGITS_DTYPES, torch.float64):
         raise TypeError(f"{name} must be a float tensor, got {x.dtype}")
     if x.dtype == torch.float64 and z.dtype != torch.float64:
         raise TypeError(
@@ -171,18 +179,20 @@ def floating(name: str, x, z: Tensor, shape=None, other_name: str = "logits") ->
 
 
 def mask(x, z: Tensor, shape, other_name: str = "logits") -> Tensor:
-    x = like("mask", x, z, other_name)
+    return shaped("mask", mask_type(like("mask", x, z, other_name)), shape)
+
+
+def mask_type(x: Tensor) -> Tensor:
     if x.dtype not in _MASK_DTYPES:
         raise TypeError(f"mask must be bool, int or float, got {x.dtype}")
-    return shaped("mask", x, shape)
+    return x
 
 
 def temperature(x, z: Tensor, shape, other_name="logits") -> tuple[float, Tensor | None]:
     """(number, per-token tensor or None); τ > 0."""
     if isinstance(x, Tensor):
         return 1.0, floating("temperature", x, z, shape, other_name)
-    value = number("temperature", x, 0.0, above=True)
-    return value if z.dtype == torch.float64 else float32_number("temperature", value), None
+    return compute_number("temperature", x, z, 0.0, above=True), None
 
 
 def vocab_size(x, z: Tensor, dim: int = -1) -> int:
@@ -192,6 +202,15 @@ def vocab_size(x, z: Tensor, dim: int = -1) -> int:
     if not 1 <= x <= z.shape[dim]:
         raise ValueError(f"vocab_size must lie in [1, {z.shape[dim]}], got {x}")
     return x
+
+
+def no_group(x) -> None:
+    """The place of the process group over which a vocabulary is sharded."""
+    if x is not None:
+        raise ValueError(
+            "group must be None: a vocabulary sharded over ranks is not supported yet; gather the "
+            f"logits or the weight first (got {type(x).__name__})"
+        )
 
 
 def cu_seqlens(x, z: Tensor, shape, other_name: str = "logits") -> Tensor | None:

@@ -3,13 +3,15 @@
     ∂hidden = ∂z @ weight        ∂weight += ∂zᵀ @ hidden        ∂bias += Σ ∂z      (float32 sums)
 
 Buffers are shared by all chunks; rows without a gradient are dropped before the first product.
+Gradients are known before backward: `attach_grads` makes a loss a function of its leaves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +59,8 @@ def checked(hidden, weight, bias, softcap, logits_dtype, chunk) -> Settings:
         raise ValueError(
             f"logits_dtype must be None, {dtype} or {_op.compute_dtype(hidden)}, got {logits_dtype}"
         )
-    if chunk is not None and _check.integer("chunk", chunk) < 1:
-        raise ValueError(f"chunk must be ≥ 1, got {chunk}")
+    if chunk is not None and not 1 <= _check.integer("chunk", chunk) < 1 << 31:
+        raise ValueError(f"chunk must lie in [1, 2^31), got {chunk}")
     main_grad = None if torch.compiler.is_compiling() else getattr(weight, "main_grad", None)
     if main_grad is not None and main_grad.shape != weight.shape:
         raise ValueError(
@@ -247,19 +249,123 @@ def _addmm_widens(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
-def _blocks(x: Tensor) -> int:
+def blocks(x: Tensor) -> int:
     """Rows whose float32 copy stays in cache, or is small beside a chunk."""
     return max(1, ((64 << 20) if x.is_cuda else (4 << 20)) // (4 * x.shape[1]))
 
 
 def _softcap_(z: Tensor, c: float) -> None:
     """z = c·tanh(z/c), rounded once."""
-    for rows in z.split(_blocks(z)):
+    for rows in z.split(blocks(z)):
         rows.copy_((rows.to(_op.compute_dtype(z)) / c).tanh_().mul_(c))
 
 
 def _softcap_slope_(dz: Tensor, z: Tensor, c: float) -> None:
     """dz *= ∂(c·tanh(x/c))/∂x = 1 − (z/c)², with z the capped logits."""
-    size = _blocks(z)
+    size = blocks(z)
     for to, rows in zip(dz.split(size), z.split(size), strict=True):
         to.mul_((rows.to(_op.compute_dtype(z)) / c).square_().neg_().add_(1))
+
+
+@contextlib.contextmanager
+def plain(x: Tensor) -> Iterator[None]:
+    """Products as written: autograd sees the op alone, autocast none of it."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def grads_fake(hidden, weight, wants):
+    total = _op.compute_dtype(hidden)
+    empty = hidden.new_empty
+    return (
+        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        if wants[0]
+        else empty(0),
+        empty(weight.shape, dtype=total) if wants[1] else empty(0),
+        empty(weight.shape[0], dtype=total) if wants[2] else empty(0),
+    )
+
+
+def grads(head: Head, hidden: Tensor, wants) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden = head.dhidden.view(hidden.shape) if wants[0] else head.dhidden
+    return dhidden, head.dweight, head.dbias
+
+
+def _attach_fake(hidden, weight, bias, dhidden, dweight, dbias, unit, value):
+    return torch.empty_like(value)
+
+
+@_op.op("linear_attach_grads", fake=_attach_fake)
+def attach_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    unit: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """The loss as a function of its leaves, whose gradients are known; backward consumes them."""
+    return value.clone()
+
+
+def _attach_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[3:7])
+    ctx.weight, ctx.dtype, ctx.spent = megatron_weight(inputs[1]), inputs[1].dtype, False
+
+
+def _attach_backward(ctx, factor):
+    if ctx.spent:
+        raise RuntimeError(
+            "second backward through the same pyrlk loss: its gradient was handed over by the first"
+        )
+    ctx.spent = True
+    *grads, unit = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
+    needed = ctx.needs_input_grad[:3]
+    for grad, wanted in zip(grads, needed, strict=True):
+        if wanted:
+            _op.scale_(grad, factor * unit)
+    return *hand_over(grads, needed, ctx.weight, ctx.dtype), *(None,) * 5
+
+
+attach_grads.register_autograd(_attach_backward, setup_context=_attach_setup)
+
+
+def megatron_weight(weight: Tensor) -> Tensor | None:
+    """The weight where Megatron has given it a buffer for its gradient."""
+    return weight if getattr(weight, "main_grad", None) is not None else None
+
+
+def hand_over(grads, needed, megatron: Tensor | None, dtype: torch.dtype):
+    """Gradients as autograd wants them; ∂weight goes into main_grad instead where there is one."""
+    dhidden, dweight, dbias = grads
+    to_weight = _rounded(dweight, dtype) if needed[1] and megatron is None else None
+    if needed[1] and megatron is not None:
+        main: Any = megatron
+        main.main_grad.add_(dweight)
+        if hasattr(main, "grad_added_to_main_grad"):
+            # Megatron's hook waits for a gradient, and takes it for accounted for by this flag.
+            main.grad_added_to_main_grad = True
+            to_weight = torch.zeros_like(main)
+    return dhidden if needed[0] else None, to_weight, dbias.to(dtype) if needed[2] else None
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def float16_unit(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an op's gradients are in units of: a power of two for float16, else 1.
+
+    `sizes` are the w·|A| of the tokens. 1/T of a loss is below what float16 resolves, and a loss
+    scale comes only with backward. So the largest of them counts as about 1/16 until then.
+    """
+    one = torch.ones((), dtype=sizes.dtype, device=sizes.device)
+    if dtype != torch.float16 or sizes.numel() == 0:
+        return one
+    size = torch.where(sizes > 0, sizes, 0).amax()
+    unit = torch.exp2(torch.log2(size).ceil() + 4)
+    return torch.where((size > 1e-30) & (size < 1e30), unit, one)

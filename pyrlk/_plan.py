@@ -8,6 +8,7 @@ PerToken  what the row kernel says of each token; `finish` sums it into loss and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,8 +80,8 @@ def checked(options: Options, z: Tensor, shape: torch.Size, name: str = "logits"
     ref_logprobs = per_token("ref_logprobs", options.ref_logprobs)
     rollout_logprobs = per_token("rollout_logprobs", options.rollout_logprobs)
     mask = None if options.mask is None else _check.mask(options.mask, z, shape, name)
-    _check.number("kl_coef", options.kl_coef)
-    _check.number("entropy_coef", options.entropy_coef)
+    _check.compute_number("kl_coef", options.kl_coef, z)
+    _check.compute_number("entropy_coef", options.entropy_coef, z)
     _check.choice("kl", options.kl, KL_KINDS)
     _check.flag("kl_importance", options.kl_importance)
     _check.flag("return_stats", options.return_stats)
@@ -120,7 +121,7 @@ def _normalizer(x: float | Tensor | None, z: Tensor, name: str) -> Tensor | None
     if x is None:
         return None
     if not isinstance(x, Tensor):
-        value = _check.number("normalizer", x, 0.0, above=True)
+        value = _check.compute_number("normalizer", x, z, 0.0, above=True)
         return torch.full((), value, dtype=torch.float64, device=z.device)
     if _check.like("normalizer", x, z, name).dim() != 0:
         raise ValueError(f"normalizer must be 0-d, got shape {list(x.shape)}")
@@ -335,6 +336,8 @@ def statistics(logprob, old, advantages, mask, ref, entropy, factor, t: Terms) -
     log_ratio = torch.zeros_like(logprob) if old is None else logprob - old
     log_ratio = torch.where(counted, log_ratio, 0)
     ratio = torch.exp(log_ratio)
+    # (r − 1) − log r, infinite and not ∞ − ∞ where the old policy could not draw the token.
+    gap = torch.where(log_ratio == math.inf, math.inf, torch.expm1(log_ratio) - log_ratio)
     one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
     zero = torch.zeros_like(one)
     low, high = (
@@ -344,7 +347,7 @@ def statistics(logprob, old, advantages, mask, ref, entropy, factor, t: Terms) -
     return torch.stack(
         [
             zero if entropy is None else mean(entropy),
-            mean(torch.expm1(log_ratio) - log_ratio),
+            mean(gap),
             zero if ref is None else mean(_objective.kl_estimate(logprob, ref, t.kl)),
             mean(low.to(ratio.dtype)) if t.clipped else zero,
             mean(high.to(ratio.dtype)) if t.clipped else zero,

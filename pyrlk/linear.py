@@ -10,9 +10,8 @@ callables take two passes: log-probs, then the same chunks again with the slopes
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from . import _check, _head, _op, _plan, loss
 from . import support as _support
 from ._head import Head, Settings
-from ._plan import Inputs, Options, PerToken, Plan, PolicyStats
+from ._plan import Inputs, Options, PerToken, PolicyStats
 from .from_logprobs import two_launches
 from .logprob import Rows, gradient, statistics
 from .objective import DAPO, TIS, Objective
@@ -40,6 +39,7 @@ def linear_token_logprobs(
     support: Support | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
+    group: Any = None,
     chunk: int | None = None,
 ) -> Any:  # Tensor, or (Tensor, Tensor)
     """`token_logprobs` of the logits hidden @ weightᵀ (+ bias), chunk by chunk.
@@ -56,7 +56,7 @@ def linear_token_logprobs(
         z = softcap·tanh(z / softcap), after the bias and before the temperature.
     logits_dtype : torch.dtype, optional
         None: the dtype of hidden. torch.float32: logits of 16-bit operands are not rounded.
-    temperature, support, vocab_size, return_entropy
+    temperature, support, vocab_size, return_entropy, group
         As in `token_logprobs`; rows of weight from vocab_size on are not read. The logits of a
         chunk are computed for the whole vocabulary also where a support keeps few of them.
     chunk : int ≥ 1, optional
@@ -79,6 +79,7 @@ def linear_token_logprobs(
     number, per_token = _check.temperature(temperature, hidden, shape, "hidden")
     vocab = _check.vocab_size(vocab_size, weight, 0)
     with_entropy = _check.flag("return_entropy", return_entropy)
+    _check.no_group(group)
     kept = _support.check(support, hidden, shape, "hidden")
     rows = Rows(tokens, *kept, number, per_token, vocab)
     out = _linear_logprobs(hidden, weight, bias, *rows, *settings, with_entropy)
@@ -110,6 +111,7 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    group: Any = None,
     inplace: bool = False,
     return_stats: bool = False,
 ) -> Any:  # Tensor, or (Tensor, PolicyStats)
@@ -172,6 +174,7 @@ def linear_policy_loss(
     tau = _check.temperature(temperature, hidden, shape, "hidden")
     vocab = _check.vocab_size(vocab_size, weight, 0)
     kept = _support.check(support, hidden, shape, "hidden")
+    _check.no_group(group)
     if _check.flag("inplace", inplace):
         raise ValueError("inplace must be False: linear_policy_loss holds no logits to overwrite")
 
@@ -189,15 +192,8 @@ def linear_policy_loss(
     inputs = _plan.inputs(options, tokens, kept, tau, vocab)
     value, stats, *grads = _linear_policy_loss(*plain, *inputs, *settings, wants)
     if any(wants):
-        value = _attach_grads(hidden, weight, bias, *grads, value)
+        value = _head.attach_grads(hidden, weight, bias, *grads, value)
     return (value, PolicyStats(*stats.unbind())) if return_stats else value
-
-
-@contextlib.contextmanager
-def _plain(x: Tensor) -> Iterator[None]:
-    """Products as written: autograd sees the op alone, autocast none of it."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        yield
 
 
 def _spread(x: Any, index: Tensor | None, count: int) -> Any:
@@ -205,7 +201,7 @@ def _spread(x: Any, index: Tensor | None, count: int) -> Any:
     return x if x is None or index is None else x.new_zeros(count).index_copy_(0, index, x)
 
 
-def _check_tokens(tokens: Tensor, kept: Support | None, counted: Tensor, vocab: int) -> None:
+def check_tokens(tokens: Tensor, kept: Support | None, counted: Tensor, vocab: int) -> None:
     """On CPU, before the rows are dropped: indices in errors are the caller's."""
     if tokens.device.type != "cpu":
         return
@@ -217,21 +213,9 @@ def _check_tokens(tokens: Tensor, kept: Support | None, counted: Tensor, vocab: 
     _check.bad_token(int(bad.to(torch.int8).argmax()) if bad.any() else -1, tokens, vocab)
 
 
-def _grads_fake(hidden, weight, wants):
-    total = _op.compute_dtype(hidden)
-    empty = hidden.new_empty
-    return (
-        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        if wants[0]
-        else empty(0),
-        empty(weight.shape, dtype=total) if wants[1] else empty(0),
-        empty(weight.shape[0], dtype=total) if wants[2] else empty(0),
-    )
-
-
 def _linear_policy_loss_fake(hidden, weight, bias, inputs, settings, wants):
     value, stats = _plan.finish_fake(hidden, inputs)
-    return value, stats, *_grads_fake(hidden, weight, wants), torch.empty_like(value)
+    return value, stats, *_head.grads_fake(hidden, weight, wants), torch.empty_like(value)
 
 
 @_op.op("linear_policy_loss", fake=_linear_policy_loss_fake)
@@ -247,14 +231,14 @@ def _linear_policy_loss(
 
     Empty where not wanted; ∂weight and ∂bias are float32 sums.
     """
-    with _plain(hidden):
+    with _head.plain(hidden):
         plan, vocab = _plan.prepare(hidden, inputs), inputs.vocab
         active = plan.weight != 0
-        _check_tokens(plan.tokens, plan.kept, active, vocab)
+        check_tokens(plan.tokens, plan.kept, active, vocab)
         if not plan.want_stats and plan.terms.kl_coef == 0 and plan.terms.entropy_coef == 0:
             active = active & (plan.advantages != 0)
         head = Head(hidden, weight, bias, active, vocab, settings, wants)
-        unit = _unit(plan, hidden.dtype)
+        unit = _head.float16_unit(plan.weight * plan.advantages.abs(), hidden.dtype)
         dense = plan._replace(weight=plan.weight / unit)
         dense = dense if head.index is None else dense.take(head.index)
         out = _plan.per_token(hidden, plan, head.count)
@@ -264,92 +248,7 @@ def _linear_policy_loss(
             head.backward(part)
         spread = (_spread(x, head.index, plan.tokens.numel()) for x in out)
         value, stats = _plan.finish(plan, PerToken(*spread))
-        return value, stats, *_grads(head, hidden, wants), unit
-
-
-def _unit(plan: Plan, dtype: torch.dtype) -> Tensor:
-    """What the op's gradients are in units of: a power of two for float16, else 1.
-
-    1/T of a policy loss is below what float16 resolves, and a loss scale comes only with backward.
-    So the largest w·|A| counts as about 1/16 until then.
-    """
-    one = torch.ones((), dtype=plan.weight.dtype, device=plan.weight.device)
-    if dtype != torch.float16 or plan.weight.numel() == 0:
-        return one
-    size = torch.where(plan.weight != 0, plan.weight * plan.advantages.abs(), 0).amax()
-    unit = torch.exp2(torch.log2(size).ceil() + 4)
-    return torch.where((size > 1e-30) & (size < 1e30), unit, one)
-
-
-def _grads(head: Head, hidden: Tensor, wants) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = head.dhidden.view(hidden.shape) if wants[0] else head.dhidden
-    return dhidden, head.dweight, head.dbias
-
-
-def _attach_fake(hidden, weight, bias, dhidden, dweight, dbias, unit, value):
-    return torch.empty_like(value)
-
-
-@_op.op("linear_attach_grads", fake=_attach_fake)
-def _attach_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    unit: Tensor,
-    value: Tensor,
-) -> Tensor:
-    """The loss as a function of its leaves, whose gradients are known; backward consumes them."""
-    return value.clone()
-
-
-def _attach_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[3:7])
-    ctx.weight, ctx.dtype, ctx.spent = _megatron(inputs[1]), inputs[1].dtype, False
-
-
-def _attach_backward(ctx, factor):
-    if ctx.spent:
-        raise RuntimeError(
-            "second backward through the same pyrlk loss: its gradient was handed over by the first"
-        )
-    ctx.spent = True
-    *grads, unit = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
-    needed = ctx.needs_input_grad[:3]
-    for grad, wanted in zip(grads, needed, strict=True):
-        if wanted:
-            _op.scale_(grad, factor * unit)
-    return *_hand_over(grads, needed, ctx.weight, ctx.dtype), *(None,) * 5
-
-
-_attach_grads.register_autograd(_attach_backward, setup_context=_attach_setup)
-
-
-def _megatron(weight: Tensor) -> Tensor | None:
-    """The weight where Megatron has given it a buffer for its gradient."""
-    return weight if getattr(weight, "main_grad", None) is not None else None
-
-
-def _hand_over(grads, needed, megatron: Tensor | None, dtype: torch.dtype):
-    """Gradients as autograd wants them; ∂weight goes into main_grad instead where there is one."""
-    dhidden, dweight, dbias = grads
-    to_weight = _rounded(dweight, dtype) if needed[1] and megatron is None else None
-    if needed[1] and megatron is not None:
-        main: Any = megatron
-        main.main_grad.add_(dweight)
-        if hasattr(main, "grad_added_to_main_grad"):
-            # Megatron's hook waits for a gradient, and takes it for accounted for by this flag.
-            main.grad_added_to_main_grad = True
-            to_weight = torch.zeros_like(main)
-    return dhidden if needed[0] else None, to_weight, dbias.to(dtype) if needed[2] else None
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        return value, stats, *_head.grads(head, hidden, wants), unit
 
 
 _NONE = (False, False, False)
@@ -378,10 +277,10 @@ def _linear_logprobs(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy or an empty tensor)."""
-    with _plain(hidden):
+    with _head.plain(hidden):
         at = rows.flat(_op.compute_dtype(hidden))
         active = at.tokens != -100
-        _check_tokens(at.tokens, at.kept, active, at.vocab)
+        check_tokens(at.tokens, at.kept, active, at.vocab)
         if hidden.device.type == "cpu":
             _check.temperature_values(at.temperatures, active)
         head = Head(hidden, weight, bias, active, at.vocab, settings, _NONE)
@@ -398,7 +297,7 @@ def _linear_logprobs(
 
 
 def _logprobs_backward_fake(hidden, weight, bias, rows, settings, g, h, wants):
-    return _grads_fake(hidden, weight, wants)
+    return _head.grads_fake(hidden, weight, wants)
 
 
 @_op.op("linear_token_logprobs_backward", fake=_logprobs_backward_fake)
@@ -413,7 +312,7 @@ def _linear_logprobs_backward(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(∂hidden, ∂weight, ∂bias) from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H; the logits come again."""
-    with _plain(hidden):
+    with _head.plain(hidden):
         dtype = _op.compute_dtype(hidden)
         at, g, h = rows.flat(dtype), _op.flat(g, dtype), _op.flat(h, dtype)
         sloped = [x != 0 for x in (g, h) if x is not None]
@@ -427,7 +326,7 @@ def _linear_logprobs_backward(
             statistics(z, here, logprob[size], _take(entropy, size), stats[size])
             gradient(z, here, stats[size], _take(g, part), _take(h, part), head.slopes(part))
             head.backward(part)
-        return _grads(head, hidden, wants)
+        return _head.grads(head, hidden, wants)
 
 
 def _take(x: Tensor | None, rows: Tensor | slice) -> Tensor | None:
@@ -440,7 +339,7 @@ def _logprobs_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *tensors)
     ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
     ctx.settings, ctx.with_entropy = inputs[9:12], inputs[12]
-    ctx.megatron = _megatron(inputs[1])
+    ctx.megatron = _head.megatron_weight(inputs[1])
     ctx.set_materialize_grads(False)
 
 
@@ -452,7 +351,7 @@ def _logprobs_backward(ctx, g, h):
     *leaves, tokens, ids, offsets, temperatures = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
     grads = _linear_logprobs_backward(*leaves, *rows, *ctx.settings, g, h, list(needed))
-    return *_hand_over(grads, needed, ctx.megatron, leaves[1].dtype), *(None,) * 10
+    return *_head.hand_over(grads, needed, ctx.megatron, leaves[1].dtype), *(None,) * 10
 
 
 def _no_double_backward(ctx, *_grads):

@@ -26,6 +26,7 @@ def token_logprobs(
     support: Support | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
+    group: Any = None,
 ) -> Any:  # Tensor, or (Tensor, Tensor)
     """Log-probability of `tokens` under softmax(logits / temperature), and its entropy on request.
 
@@ -44,6 +45,7 @@ def token_logprobs(
         True size under a padded head: columns from there on are not read and get gradient 0.
     return_entropy : bool
         Also return H in nats.
+    group : must be None; a vocabulary sharded over ranks is not supported yet
 
     Returns
     -------
@@ -62,6 +64,7 @@ def token_logprobs(
     number, per_token = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
     with_entropy = _check.flag("return_entropy", return_entropy)
+    _check.no_group(group)
     rows = Rows(tokens, *_support.check(support, z, shape), number, per_token, vocab)
     logprob, entropy, _ = score(z, *rows, with_entropy, False)
     return (logprob, entropy) if with_entropy else logprob

@@ -79,6 +79,7 @@ def policy_loss(
     vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    group: Any = None,
     inplace: bool = False,
     return_stats: bool = False,
 ) -> Any:  # Tensor, or (Tensor, PolicyStats)
@@ -115,6 +116,7 @@ def policy_loss(
         Bounds of packed sequences, 0 … T, for tokens of shape [T] or [1, T].
     normalizer : number or 0-d tensor > 0, optional
         Replaces Σ mask, or the number of sequences: see `pyrlk.normalizer`.
+    group : must be None; a vocabulary sharded over ranks is not supported yet
     inplace : bool
         Write the gradient over the logits: no [T, V] memory. They must not be a leaf that requires
         grad. REINFORCE to DAPO write in this call, the other objectives and callables in backward,
@@ -158,6 +160,7 @@ def policy_loss(
     tau = _check.temperature(temperature, z, shape)
     vocab = _check.vocab_size(vocab_size, z)
     kept = _support.check(support, z, shape)
+    _check.no_group(group)
     if _check.flag("inplace", inplace):
         _check_inplace(z)
 
@@ -329,13 +332,20 @@ def normalizer(
     Returns
     -------
     0-d float64 tensor on the device of `mask`, for ``normalizer=`` of every micro-batch's loss.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument; on CPU also for weights that are negative or not finite.
     """
-    mask = _check.tensor("mask", mask)
+    mask = _check.mask_type(_check.tensor("mask", mask))
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an instance such as pyrlk.DAPO(), got {objective!r}")
-    if _check.integer("micro_batches", micro_batches) < 1:
-        raise ValueError(f"micro_batches must be ≥ 1, got {micro_batches}")
+    if not 1 <= _check.integer("micro_batches", micro_batches) < 1 << 31:
+        raise ValueError(f"micro_batches must lie in [1, 2^31), got {micro_batches}")
     _check.flag("averaged", averaged)
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or None, got {type(group).__name__}")
     weight = mask.to(torch.float64)
     if objective.aggregation == "token":
         total = weight.sum()
@@ -348,6 +358,8 @@ def normalizer(
         total = weight.new_tensor(float(mask.shape[:-1].numel()))
     else:
         total = (weight.sum(-1) > 0).sum().to(torch.float64)
+    if mask.device.type == "cpu":
+        _check.mask_values(mask)
     ranks = 1
     if group is not None:
         torch.distributed.all_reduce(total, group=group)

@@ -8,6 +8,7 @@ Arguments mean what they mean in the op of the same name; nothing is validated h
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -175,6 +176,35 @@ def policy_loss_from_logprobs(
             logprobs, old, none, ref, entropy, flat
         )
     return (_objective.token_weights(objective, mask, seqs, normalizer) * per_token).sum()
+
+
+def mtp_loss(
+    hidden, weight, tokens, *, depth=1, mask=None, cu_seqlens=None, kind="ce",
+    teacher_hidden=None, detach_weight=True,
+):  # fmt: skip
+    """The loss of `pyrlk.mtp_loss`, sequence by sequence."""
+    weight = weight.detach() if detach_weight else weight
+    length = tokens.shape[-1]
+    starts = range(0, tokens.numel() + 1, max(length, 1)) if cu_seqlens is None else cu_seqlens
+    x, ids = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    m = torch.ones_like(ids, dtype=x.dtype) if mask is None else mask.reshape(-1).to(x.dtype)
+    m = torch.where(ids == -100, 0, m)
+    total = x.new_zeros(())
+    counted = x.new_zeros(())
+    bounds = [int(b) for b in starts]
+    for begin, end in itertools.pairwise(bounds):
+        for t in range(begin, end - depth - 1):
+            to = t + depth + 1
+            if m[to] == 0:
+                continue
+            log_q = (x[t] @ weight.mT).log_softmax(-1)
+            if kind == "ce":
+                loss = -log_q[ids[to]]
+            else:
+                teacher = teacher_hidden.reshape(x.shape)[t + depth].detach()
+                loss = (log_q.exp() - (teacher @ weight.detach().mT).softmax(-1)).abs().sum() / 2
+            total, counted = total + m[to] * loss, counted + m[to]
+    return total / counted if counted > 0 else total
 
 
 class Draw(NamedTuple):

@@ -267,27 +267,20 @@ def _run_cpu(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ti
     return out
 
 
-def _run_cuda(
-    logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable, bounds=None
-):
+def _run_cuda(logits, *arguments):
+    """The results of `sample`, and what the kernel for supports reads."""
     from .triton_kernels import sample as kernels
 
-    if allowed is not None or keep_ties:
-        name = "ties='keep'" if keep_ties else "allowed"
-        raise NotImplementedError(f"{name} is not built on CUDA yet")
     out = _outputs(logits)
-    kernels.sample_fwd(logits, tau, k, p, least, seeds, positions, joint, *out, bounds)
-    return out
+    return out, kernels.sample_fwd(logits, *arguments, *out)
 
 
 def _sample_fake(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable):
     return _outputs(logits)
 
 
-def _sample_cuda(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable):
-    return _run_cuda(
-        logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable
-    )
+def _sample_cuda(logits, *arguments):
+    return _run_cuda(logits, *arguments)[0]
 
 
 @_op.op("sample", fake=_sample_fake, cuda=_sample_cuda)
@@ -336,15 +329,15 @@ def _sample_support_cuda(
 ):  # fmt: skip
     from .triton_kernels import sample as kernels
 
-    count = math.prod(logits.shape[:-1])
-    bounds = logits.new_empty((count, 2), dtype=torch.int64)
-    out = _run_cuda(
-        logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable, bounds
+    out, workspace = _run_cuda(
+        logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ties, portable
     )
     ids = logits.new_empty(capacity, dtype=torch.int32)
-    offsets = logits.new_empty(count + 1, dtype=torch.int64)
-    bits = _empty_bits(logits, overflows).zero_()
-    kernels.support_fwd(logits, bounds, out[3], out[4], ids, offsets)
+    offsets = logits.new_empty(math.prod(logits.shape[:-1]) + 1, dtype=torch.int64)
+    bits = _empty_bits(logits, overflows)
+    kernels.support_fwd(
+        logits, allowed, workspace, out[3], out[4], ids, offsets, bits if overflows else None
+    )
     return *out, ids, offsets, bits
 
 

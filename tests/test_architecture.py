@@ -208,6 +208,38 @@ def test_the_cuda_path_never_waits_for_the_device(name):
                 assert called.attr not in SYNCHRONISES, f"{name}.{function.name}: .{called.attr}()"
 
 
+@pytest.mark.parametrize("name", [n for n in MODULES if top(n) == "triton_kernels"])
+def test_launchers_never_wait_for_the_device(name):
+    """What a CUDA graph captures: no value of a tensor reaches the host."""
+    for function in ast.walk(ast.parse(MODULES[name].read_text())):
+        if not isinstance(function, ast.FunctionDef) or is_kernel(function):
+            continue
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            where = f"{name}.{function.name}: {ast.unparse(call)}"
+            if isinstance(call.func, ast.Attribute):
+                assert call.func.attr not in SYNCHRONISES, where
+            elif isinstance(call.func, ast.Name) and call.func.id in ("bool", "int", "float"):
+                # Numbers of the host: terms, flags, a temperature that is no tensor.
+                argument = ast.unparse(call.args[0])
+                assert argument.startswith("terms.") or argument in ("temperature", "joint"), where
+
+
+@pytest.mark.parametrize("name", ["_op", "logprob", "loss", "reinforce"])
+def test_cuda_kernels_of_an_op_read_no_value(name):
+    found = False
+    for function in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(function, ast.FunctionDef) and function.name.endswith("_cuda"):
+            found = True
+            called = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+            assert not called & {"bool", "int", "float"}, f"{name}.{function.name}"
+            assert not {c.split(".")[-1] for c in called} & SYNCHRONISES, f"{name}.{function.name}"
+    assert found
+
+
+def is_kernel(function):
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def loads(node):
     """Names and attributes of _C that a piece of code reads."""
     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}

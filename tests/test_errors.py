@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -210,6 +212,7 @@ CASES = [
             ("0", T, "number, got str"),
             (True, T, "number, got bool"),
             (torch.tensor(0.1), T, "number, got Tensor"),
+            (1e308, W, "float32, got 1e"),
             (math.nan, W, "nan"),
             (math.inf, W, "inf"),
         ]
@@ -230,6 +233,7 @@ CASES = [
             (-2.0, W, "got -2"),
             (math.nan, W, "nan"),
             (True, T, "number, got bool"),
+            (1e39, W, "float32, got 1e"),
             (torch.ones(1), W, r"0-d, got shape \[1\]"),
             (torch.tensor(0.0), W, "> 0, got 0"),
             (torch.tensor(math.nan), W, "nan"),
@@ -237,6 +241,7 @@ CASES = [
             (torch.tensor(True), T, "bool"),
         ]
     ),
+    *((call, {"group": object()}, W, "^group must be None") for call in (loss, dapo, score)),
     (loss, {"inplace": 1}, T, "inplace must be True or False"),
     (loss, {"return_stats": None}, T, "return_stats must be True or False"),
     (loss, {"inplace": True, "logits": LEAF}, W, "inplace.*leaf"),
@@ -313,14 +318,22 @@ CASES = [
     (Support.from_lists, {"rows": [[0.5]]}, T, "float"),
     (Support.from_lists([[3]]).to_mask, {"vocab_size": 3}, W, "vocab_size must exceed every id"),
     (Support.from_lists([[3]]).to_mask, {"vocab_size": 0}, W, "vocab_size must be ≥ 1"),
-    (pyrlk.normalizer, {"mask": [1], "objective": DAPO()}, T, "mask must be a tensor"),
+    *(
+        (pyrlk.normalizer, {"mask": bad, "objective": DAPO()}, error, "^mask" + wanted)
+        for bad, error, wanted in [
+            ([1], T, " must be a tensor"),
+            (f().to(torch.complex64), T, " must be bool, int or float"),
+            (at(torch.ones(B, L), -1.0, 0, 1), W, r"\[1\] = -1"),
+            (at(torch.ones(B, L), math.nan, 1, 0), W, r"\[3\] = nan"),
+        ]
+    ),
     (pyrlk.normalizer, {"mask": f(), "objective": DAPO}, T, "objective must be an instance"),
     (pyrlk.normalizer, {"mask": f(3), "objective": GRPO()}, W, r"mask must be \[B, L\] for GRPO"),
     (
         pyrlk.normalizer,
         {"mask": f(), "objective": DAPO(), "micro_batches": 0},
         W,
-        "micro_batches must be ≥ 1",
+        r"micro_batches must lie in \[1, 2",
     ),
 ]
 
@@ -336,6 +349,81 @@ def test_a_bad_input_is_an_error_that_names_it(case):
     with pytest.raises(error, match=wanted) as raised:
         call(**bad)
     assert raised.type is error
+
+
+HEAD = {"hidden": torch.randn(B, L, 4), "weight": torch.randn(V, 4), "tokens": ids()}
+PER_TOKEN = {"old_logprobs": f(), "advantages": f(), "mask": torch.ones(B, L)}
+SCORE = {"temperature": 1.0, "vocab_size": V, "group": None}
+SCORE["support"] = Support.from_lists([range(V)] * (B * L))
+OPTIONS = {
+    "ref_logprobs": f(), "kl_coef": 0.1, "kl": "k3", "kl_importance": False, "entropy_coef": 0.0,
+    "rollout_logprobs": f(), "correction": TIS(), "cu_seqlens": None, "normalizer": 3.0,
+    "return_stats": False,
+}  # fmt: skip
+BLOCKS = {"bias": torch.randn(V), "softcap": 3.0, "logits_dtype": None, "chunk": 2}
+FULL = {
+    pyrlk.token_logprobs: {"logits": z(), "tokens": ids(), **SCORE, "return_entropy": False},
+    pyrlk.linear_token_logprobs: {**HEAD, **SCORE, **BLOCKS, "return_entropy": False},
+    pyrlk.policy_loss: {
+        "logits": z(), "tokens": ids(), **PER_TOKEN, **SCORE, **OPTIONS, "objective": DAPO(),
+        "inplace": False,
+    },
+    pyrlk.linear_policy_loss: {
+        **HEAD, **PER_TOKEN, **SCORE, **OPTIONS, **BLOCKS, "objective": DAPO(), "inplace": False,
+    },
+    pyrlk.policy_loss_from_logprobs: {
+        "logprobs": f(), **PER_TOKEN, **OPTIONS, "objective": DAPO(), "entropy": f(),
+    },
+    pyrlk.reinforce_grad: {
+        "logits": z(), "tokens": ids(), "advantages": f(), "temperature": 1.0, "out": z(),
+    },
+    pyrlk.mtp_loss: {
+        **HEAD, "depth": 1, "mask": torch.ones(B, L), "cu_seqlens": None, "kind": "ce",
+        "teacher_hidden": None, "detach_weight": True, "group": None, "chunk": 2,
+        "return_stats": False,
+    },
+    pyrlk.normalizer: {
+        "mask": f().abs(), "objective": DAPO(), "group": None, "micro_batches": 1,
+        "averaged": True,
+    },
+}  # fmt: skip
+
+
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
+NONSENSE = {
+    "object": object(),
+    "bytes": b"1",
+    "dict": {},
+    "complex": 1j,
+    "class": int,
+    "beyond double": 10**400,
+    "array": np.zeros((B, L)),
+    "meta": torch.zeros(B, L, device="meta"),
+    "sparse": torch.eye(2).to_sparse(),
+    "nested": nested(),
+    "float8": torch.zeros(B, L, dtype=torch.float8_e4m3fn),
+    "complex tensor": torch.zeros(B, L, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(call, name) for call, given in FULL.items() for name in given],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_nonsense_for_any_argument_is_an_error_that_names_it(call, name):
+    """Of every kind: what no argument takes. A callable class is an objective only by accident."""
+    given = FULL[call]
+    call(**given)  # else every error below could have another cause
+    for kind, bad in NONSENSE.items():
+        with pytest.raises((TypeError, ValueError), match=name) as raised:
+            call(**(given | {name: bad}))
+        assert raised.type in (TypeError, ValueError), kind
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,8 @@ def test_loss_and_gradients_equal_float64(case):
     want_loss, want = truth(*case)
     dtype = inputs["hidden"].dtype
     bound = bound_of(inputs)
+    if case[2]["objective"].over_sequences:  # a sum of n log-probs carries n of their errors
+        bound *= max(LENGTHS)
     assert loss.dtype == dtype
     # Of a loss of order 1 or more: its terms cancel, and Σ w·|ℓ| is of the order of |A| = 1.
     assert abs(loss - want_loss) <= bound * max(1.0, want_loss.abs().item())
@@ -665,7 +667,7 @@ def test_opcheck():
     tokens, old, adv = torch.randint(11, (2, 5)), -torch.rand(2, 5), torch.randn(2, 5)
     integers, numbers = [1, 0, 3, 0, 0, 0], [0.2, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     nones = (None,) * 6
-    kept = pyrlk.Support.from_lists([range(11)] * 10)
+    kept = pyrlk.Support.from_lists([range(11)] * 10)[:2]
     cases = ((b, kept, 1, [True] * 3), (None, (None, None), 0, [False, True, False]))
     for bias, pair, stats, wants in cases:
         opcheck(
@@ -681,28 +683,7 @@ def test_opcheck():
         backward = linear._linear_logprobs_backward
         opcheck(backward, (x, w, b, *row, *slopes, [True, entropy, True]))
     grads = (torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11))
-    opcheck(linear._attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
-
-
-@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
-def test_one_graph_for_every_length(objective):
-    def f(x, w, b, tokens, old, adv):
-        return pyrlk.linear_policy_loss(
-            x, w, tokens, old, adv, objective=objective, bias=b, softcap=3.0, entropy_coef=0.1
-        )
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    w, b = torch.randn(11, 8, requires_grad=True), torch.randn(11, requires_grad=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (5, 9, 17, 6):
-            x = torch.randn(rows, 8, requires_grad=True)
-            arguments = (torch.randint(11, (rows,)), -torch.rand(rows), torch.randn(rows))
-            got = torch.autograd.grad(compiled(x, w, b, *arguments), (x, w, b))
-            want = torch.autograd.grad(f(x, w, b, *arguments), (x, w, b))
-            for a, c in zip(got, want, strict=True):
-                torch.testing.assert_close(a, c)
-    torch._dynamo.reset()
+    opcheck(_head.attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
 
 
 X, W, IDS, PER = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6), torch.randn(6)
@@ -749,6 +730,7 @@ HEAD_ERRORS = [
     ({"vocab_size": 12}, ValueError, "vocab_size"),
     ({"vocab_size": 0}, ValueError, "vocab_size"),
     ({"vocab_size": 5}, ValueError, r"tokens\[5\] = 5 is outside \[0, 5\)"),
+    ({"group": object()}, ValueError, "group"),
     ({"support": [[1]] * 6}, TypeError, "support"),
     ({"support": pyrlk.Support.from_lists([range(11)] * 5)}, ValueError, "support.offsets"),
     ({"support": pyrlk.Support(IDS, torch.arange(7))}, TypeError, "support.ids"),

@@ -244,6 +244,17 @@ def test_a_poisoned_row_poisons_the_loss_and_its_own_gradient_alone(bad):
     assert torch.equal(grad[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.CISPO()], ids=repr)
+def test_a_token_that_the_old_policy_could_not_draw_is_infinitely_far(objective):
+    z, tokens, adv = torch.randn(4, 9), torch.arange(4), -torch.ones(4)
+    old = torch.tensor([-1.0, -math.inf, -2.0, -3.0])
+    _, stats = pyrlk.policy_loss(z, tokens, old, adv, objective=objective, return_stats=True)
+    assert stats.approx_kl == stats.ratio_mean == stats.ratio_max == math.inf
+    mask = torch.tensor([1, 0, 1, 1])
+    _, stats = pyrlk.policy_loss(z, tokens, old, adv, mask, objective=objective, return_stats=True)
+    assert stats.approx_kl.isfinite()
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_gradient_is_the_slope_of_the_loss(objective):
     torch.manual_seed(1)

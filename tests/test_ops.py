@@ -11,7 +11,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrlk
+import pyrlk.linear
 import pyrlk.loss
+import pyrlk.mtp
 import pyrlk.reinforce
 import pyrlk.sampling
 
@@ -39,6 +41,10 @@ def op_arguments():
     loss = (tokens, *whole, old, adv, mask, old, None, None, None, tau, 1.0, V, integers, numbers)
     n = B * L
     rules = (torch.ones(n), torch.zeros(n).long(), torch.full((n,), 0.9), torch.zeros(n))
+    h, weight, bias = torch.randn(B, L, 8), torch.randn(V, 8), torch.randn(V)
+    leaves = [x.clone().requires_grad_() for x in (h, weight, bias)]
+    grads = [torch.randn_like(x) for x in leaves]
+    head = (2.0, False, 4)
     draw = (z, *rules, torch.arange(n), torch.zeros(n).long(), None, False, False, False)
     return {
         "token_logprobs": (z.clone().requires_grad_(), *row, True, False),
@@ -49,6 +55,33 @@ def op_arguments():
         "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
         "scale_": (z.clone(), torch.tensor(2.0)),
         "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
+        "linear_policy_loss": (h, weight, bias, *loss, *head, [True, True, True]),
+        "linear_attach_grads": (*leaves, *grads, torch.ones(()), torch.tensor(1.0)),
+        "linear_token_logprobs": (*leaves, *row, *head, True),
+        "linear_token_logprobs_backward": (
+            h,
+            weight,
+            None,
+            *row,
+            *head,
+            adv,
+            None,
+            [True] * 2 + [False],
+        ),
+        "mtp_loss": (
+            h,
+            weight,
+            h + 1,
+            tokens,
+            mask,
+            None,
+            1,
+            0.0,
+            False,
+            4,
+            True,
+            [True, True, False],
+        ),
         "sample": draw,
         "sample_support": (*draw, 100, True),
     }
@@ -63,8 +96,7 @@ def test_every_op_passes_opcheck(name):
 def test_no_op_is_left_out_of_opcheck():
     names = {n.removeprefix("pyrlk::").split(".")[0] for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("pyrlk::")}  # fmt: skip
-    linear = {n for n in names if n.startswith("linear_")}  # tests/test_linear.py
-    assert names - linear == set(op_arguments())
+    assert names == set(op_arguments())
 
 
 WEIGHT = torch.randn(V, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -120,16 +152,52 @@ def scorer(h, tokens, old, adv, mask):
     return (logprob * adv + entropy).sum()
 
 
-STEPS = [dropin, inplace, inplace_in_two, sequences, callable_objective, packed, scorer]
+def replayed(h, tokens, old, adv, mask):
+    sets = pyrlk.Support(torch.arange(V).int().repeat(tokens.numel()),
+                         torch.arange(tokens.numel() + 1) * V)  # fmt: skip
+    logits = h @ WEIGHT.t()
+    return pyrlk.dapo_loss(logits, tokens, old, adv, mask, support=sets, entropy_coef=0.01)
+
+
+def linear(h, tokens, old, adv, mask):
+    return pyrlk.linear_policy_loss(h, WEIGHT, tokens, old, adv, mask, softcap=3.0, chunk=50)
+
+
+def linear_in_two(h, tokens, old, adv, mask):
+    return pyrlk.linear_policy_loss(
+        h, WEIGHT, tokens, old, adv[:, 0], mask, objective=pyrlk.GSPO(), entropy_coef=0.01
+    )
+
+
+def linear_scorer(h, tokens, old, adv, mask):
+    logprob, entropy = pyrlk.linear_token_logprobs(h, WEIGHT, tokens, return_entropy=True)
+    return (logprob * adv + entropy).sum()
+
+
+STEPS = [
+    dropin, inplace, inplace_in_two, sequences, callable_objective, packed, scorer, replayed,
+    linear, linear_in_two, linear_scorer,
+]  # fmt: skip
+LENGTHS = range(5, 65, 3)  # 20 of them
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_compiled_fullgraph_equals_eager_at_any_length_without_recompiling(step):
+    compiled_equals_eager(step, "aot_eager", LENGTHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [dropin, inplace])
+def test_compiled_by_inductor_equals_eager_at_any_length_without_recompiling(step):
+    compiled_equals_eager(step, "inductor", LENGTHS[::5])
+
+
+def compiled_equals_eager(step, backend, lengths):
     torch._dynamo.reset()
     counters.clear()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (7, 12, 33, 64):
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for length in lengths:
         h = torch.randn(4, length, 16)
         tokens, mask = torch.randint(V, (4, length)), torch.rand(4, length) > 0.2
         old, adv = torch.randn(4, length) - 4, torch.randn(4, length)
@@ -140,6 +208,22 @@ def test_compiled_fullgraph_equals_eager_at_any_length_without_recompiling(step)
         for eager, graph in zip(*results, strict=True):
             torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_reinforce_gradient_equals_eager_without_recompiling():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        pyrlk.reinforce_grad, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in LENGTHS:
+            z, tokens, adv = (
+                torch.randn(length, V),
+                torch.randint(V, (length,)),
+                torch.randn(length),
+            )
+            assert torch.equal(compiled(z, tokens, adv), pyrlk.reinforce_grad(z, tokens, adv))
 
 
 @pytest.mark.slow

@@ -107,6 +107,46 @@ def test_more_threads_than_rows_or_cores_are_no_harm(rows):
         torch.set_num_threads(before)
 
 
+# Fewer rows than threads, as many, a few more; wide enough to be shared, with a ragged last tile.
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_that_threads_share_have_the_bits_of_one_thread(rows, dtype):
+    g = torch.Generator().manual_seed(rows)
+    width, vocab = 140_037, 140_001
+    z = torch.randn(rows, width, generator=g, dtype=torch.float64).mul_(3).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    adv = torch.randn(rows, generator=g, dtype=torch.float64).to(wide)
+    tokens = torch.randint(vocab, (rows,), generator=g)
+    if rows == 5:
+        z[1, 70_000], z[2, 139_000] = torch.nan, torch.inf
+        tokens[3] = -100
+        adv[4] = 0
+
+    def work():
+        leaf = z.detach().requires_grad_()
+        lp, entropy = pyrlk.token_logprobs(leaf, tokens, vocab_size=vocab, return_entropy=True)
+        (two,) = torch.autograd.grad((lp * adv + entropy).sum(), leaf)
+        options = {"vocab_size": vocab, "entropy_coef": 0.1, "normalizer": 1.0}
+        loss = pyrlk.dapo_loss(leaf, tokens, adv - 12, adv, **options)
+        (one,) = torch.autograd.grad(loss, leaf)
+        inside = leaf.clone()
+        pyrlk.dapo_loss(inside, tokens, adv - 12, adv, inplace=True, **options)
+        plain = pyrlk.reinforce_grad(z[:, :vocab], tokens, adv)
+        return [x.detach() for x in (lp, entropy, two, loss, one, inside, plain)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = work()
+        for threads in (2, 3, 4, 4):
+            torch.set_num_threads(threads)
+            for a, b in zip(work(), want, strict=True):
+                kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+                assert torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_memory_does_not_grow_over_calls_and_errors():
     def resident():
         with open("/proc/self/statm") as f:

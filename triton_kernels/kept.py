@@ -12,7 +12,7 @@ not ascend within [0, V), offsets outside [0, N]: m is NaN, and so is everything
 import triton
 import triton.language as tl
 
-from .row import gradient_terms, load_token_logit, statistics, tile_gradient
+from .row import element_gradient, load_token_logit, statistics
 
 # Kept sets are tens of tokens: four members a thread, one step for nearly all.
 TILE = 1024
@@ -71,7 +71,10 @@ def kept_statistics(
     capacity,
     token,
     vocab_size,
+    width,
     c,
+    TAIL: tl.constexpr,
+    EVICT: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
 ):
@@ -92,7 +95,7 @@ def kept_statistics(
     # Between reductions, which are barriers: in place, another warp may soon overwrite z_a.
     z_token = load_token_logit(z_ptr, tl.where(broken, -1, token), vocab_size)
     if count == vocab_size:
-        m, s, e = statistics(z_ptr, vocab_size, c, BLOCK)
+        m, s, e = statistics(z_ptr, vocab_size, width, c, TAIL, True, EVICT, BLOCK)
     else:
         total = tl.full([], 0, tl.int64)
         weighted = tl.full([], 0, tl.int64)
@@ -133,12 +136,11 @@ def write_kept_gradient(
     width,
     token,
     m,
-    s,
-    e,
     c,
-    tau,
-    g,
-    h,
+    k1,
+    k2,
+    at_token,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
 ):
@@ -151,11 +153,11 @@ def write_kept_gradient(
     ids_ptr += begin
     count = tl.where(m == m, count, 0)
     outside = tl.where(m == m, 0.0, m)
-    g, h, inverse_s, mean_y = gradient_terms(s, e, tau, g, h)
     cleared = vocab_size - vocab_size
     for start in range(0, tl.maximum(count, 1), KEPT):
         ids, z, inside = gather(z_ptr, ids_ptr, start, count, vocab_size, KEPT)
-        grad = tile_gradient(z, ids == token, m, c, inverse_s, mean_y, g, h)
+        grad = element_gradient(z, m, c, k1, k2, ENTROPY)
+        grad = tl.where(ids == token, at_token, grad)
         more = start + KEPT < count
         upto = tl.load(ids_ptr + start + KEPT, mask=more, other=0)
         upto = tl.where(more, upto, vocab_size)

@@ -14,21 +14,35 @@ import triton.language as tl
 
 from . import kept as _kept
 from . import row as _row
+from . import schedule as _schedule
 from .kept import kept_statistics, write_kept_gradient
 from .row import (
+    GROUP,
     entropy_of,
+    load_temperature,
     load_token_logit,
     logprob_of,
     row_offset,
     scale_of,
+    slopes,
     statistics,
-    write_gradient,
+    store_token_gradient,
+    write_group_gradient,
     write_zeros,
 )
+from .schedule import Schedule, collect
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "inner", "stride_outer", "stride_inner", "vocab_size"],
+    do_not_specialize=[
+        "parts",
+        "capacity",
+        "inner",
+        "stride_outer",
+        "stride_inner",
+        "vocab_size",
+        "width",
+    ],
     do_not_specialize_on_alignment=[
         "tokens_ptr",
         "ids_ptr",
@@ -47,16 +61,21 @@ def token_logprobs_fwd_kernel(
     logprob_ptr,
     entropy_ptr,
     stats_ptr,
+    exchange_ptr,
+    parts: tl.int32,
     capacity: tl.int64,
     inner: tl.int64,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
     vocab_size: tl.int32,
+    width: tl.int32,
     temperature,
     ALIGN: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
 ):
+    ENTROPY: tl.constexpr = entropy_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row)
     if token == -100:
@@ -68,19 +87,30 @@ def token_logprobs_fwd_kernel(
         tl.store(stats_ptr + row * 4 + 2, 0.0)
         tl.store(stats_ptr + row * 4 + 3, 0.0)
     else:
-        if temperature_ptr is not None:
-            tau = tl.load(temperature_ptr + row)
-        else:
-            tau = tl.full([], 1.0, tl.float32) * temperature
+        tau = load_temperature(temperature_ptr, temperature, row)
         z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
         c = scale_of(tau)
         if ids_ptr is not None:
             m, s, e, z_token = kept_statistics(
-                z_ptr, ids_ptr, offsets_ptr, row, capacity, token, vocab_size, c, BLOCK, KEPT
+                z_ptr,
+                ids_ptr,
+                offsets_ptr,
+                row,
+                capacity,
+                token,
+                vocab_size,
+                width,
+                c,
+                TAIL,
+                "evict_first",
+                BLOCK,
+                KEPT,
             )
+        elif exchange_ptr is not None:
+            m, s, e, z_token = collect(exchange_ptr, row, parts, c, ENTROPY)
         else:
             z_token = load_token_logit(z_ptr, token, vocab_size)
-            m, s, e = statistics(z_ptr, vocab_size, c, BLOCK)
+            m, s, e = statistics(z_ptr, vocab_size, width, c, TAIL, ENTROPY, "evict_first", BLOCK)
         tl.store(logprob_ptr + row, logprob_of(m, s, z_token, tau).to(tl.float32))
         if entropy_ptr is not None:
             tl.store(entropy_ptr + row, entropy_of(s, e).to(tl.float32))
@@ -90,13 +120,35 @@ def token_logprobs_fwd_kernel(
         tl.store(stats_ptr + row * 4 + 3, z_token)
 
 
-def token_logprobs_fwd(logits, tokens, kept, temperature, vocab_size, logprob, entropy, stats):
-    """Fill logprob, entropy (unless None) and stats."""
+def token_logprobs_fwd(
+    logits,
+    tokens,
+    kept,
+    temperature,
+    vocab_size,
+    logprob,
+    entropy,
+    stats,
+    schedule: Schedule | None = None,
+):
+    """Fill logprob, entropy (unless None) and stats, whose E is 0 where entropy is None.
+
+    schedule None: `schedule.choose`; rows are taken one a program, or split.
+    """
     r = _row.rows(logits)
     if r.count == 0:
         return
+    width = logits.shape[-1]
+    parts = _row.parts(width)
     temperature_ptr, number = _row.split_temperature(temperature)
     ids, offsets, capacity = _kept.split(kept)
+    if schedule is None:
+        schedule = _schedule.choose(r.count, parts, _schedule.processors(logits))
+    exchange = None
+    if schedule.kind != "rows" and kept is None:
+        exchange = _schedule.group_statistics_fwd(
+            logits, tokens, None, temperature, vocab_size, entropy is not None
+        )
     token_logprobs_fwd_kernel[(r.count,)](
         logits,
         tokens,
@@ -106,13 +158,17 @@ def token_logprobs_fwd(logits, tokens, kept, temperature, vocab_size, logprob, e
         logprob,
         entropy,
         stats,
+        exchange,
+        parts,
         capacity,
         r.inner,
         r.stride_outer,
         r.stride_inner,
         vocab_size,
+        width,
         number,
         ALIGN=r.align,
+        TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
         **_row.LAUNCH,
@@ -121,6 +177,7 @@ def token_logprobs_fwd(logits, tokens, kept, temperature, vocab_size, logprob, e
 
 @triton.jit(
     do_not_specialize=[
+        "parts",
         "capacity",
         "inner",
         "stride_outer",
@@ -150,6 +207,7 @@ def token_logprobs_bwd_kernel(
     grad_logprob_ptr,
     grad_entropy_ptr,
     grad_ptr,
+    parts: tl.int32,
     capacity: tl.int64,
     inner: tl.int64,
     stride_outer: tl.int64,
@@ -162,10 +220,15 @@ def token_logprobs_bwd_kernel(
     temperature,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    # Programs of a row take its groups in turn.
+    ENTROPY: tl.constexpr = grad_entropy_ptr is not None
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    begin = tl.program_id(0) % parts * GROUP * BLOCK
+    step = parts * GROUP * BLOCK
     to_ptr = grad_ptr + row_offset(
         row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN
     )
@@ -173,20 +236,20 @@ def token_logprobs_bwd_kernel(
     counted = token != -100
     g = tl.load(grad_logprob_ptr + row, mask=counted, other=0.0)
     h = tl.full([], 0.0, tl.float32)
-    if grad_entropy_ptr is not None:
+    if ENTROPY:
         h = tl.load(grad_entropy_ptr + row, mask=counted, other=0.0)
     if (g == 0.0) & (h == 0.0):
-        write_zeros(to_ptr, width, BLOCK)
+        for start in range(begin, width, step):
+            write_zeros(to_ptr, start, start + 1, width, TAIL, BLOCK)
     else:
-        if temperature_ptr is not None:
-            tau = tl.load(temperature_ptr + row)
-        else:
-            tau = tl.full([], 1.0, tl.float32) * temperature
+        tau = load_temperature(temperature_ptr, temperature, row)
+        c = scale_of(tau)
         m = tl.load(stats_ptr + row * 4)
         s = tl.load(stats_ptr + row * 4 + 1)
         e = tl.load(stats_ptr + row * 4 + 2)
+        z_token = tl.load(stats_ptr + row * 4 + 3)
         z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        c = scale_of(tau)
+        k1, k2, at_token = slopes(m, s, e, z_token, c, tau, g, h, ENTROPY)
         if ids_ptr is not None:
             write_kept_gradient(
                 z_ptr,
@@ -199,17 +262,22 @@ def token_logprobs_bwd_kernel(
                 width,
                 token,
                 m,
-                s,
-                e,
                 c,
-                tau,
-                g,
-                h,
+                k1,
+                k2,
+                at_token,
+                ENTROPY,
                 BLOCK,
                 KEPT,
             )
         else:
-            write_gradient(z_ptr, to_ptr, vocab_size, width, token, m, s, e, c, tau, g, h, BLOCK)
+            for start in range(begin, width, step):
+                write_group_gradient(
+                    z_ptr, to_ptr, start, vocab_size, width, m, c, k1, k2, TAIL, ENTROPY, BLOCK
+                )
+                store_token_gradient(
+                    to_ptr, token, vocab_size, start, start + GROUP * BLOCK, at_token
+                )
 
 
 def token_logprobs_bwd(
@@ -219,9 +287,13 @@ def token_logprobs_bwd(
     r, to = _row.rows(logits), _row.rows(grad)
     if r.count == 0:
         return
+    width = grad.shape[-1]
     temperature_ptr, number = _row.split_temperature(temperature)
     ids, offsets, capacity = _kept.split(kept)
-    token_logprobs_bwd_kernel[(r.count,)](
+    # Few rows are shared: each program can write any group of a row whose statistics are known.
+    shared = _row.parts(width) if kept is None else 1
+    parts = max(1, min(shared, 4 * _schedule.processors(logits) // r.count))
+    token_logprobs_bwd_kernel[(r.count * parts,)](
         logits,
         tokens,
         ids,
@@ -231,6 +303,7 @@ def token_logprobs_bwd(
         grad_logprob,
         grad_entropy,
         grad,
+        parts,
         capacity,
         r.inner,
         r.stride_outer,
@@ -239,10 +312,11 @@ def token_logprobs_bwd(
         to.stride_outer,
         to.stride_inner,
         vocab_size,
-        grad.shape[-1],
+        width,
         number,
         ALIGN=r.align,
         GRAD_ALIGN=to.align,
+        TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
         **_row.LAUNCH,

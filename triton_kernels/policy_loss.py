@@ -10,28 +10,42 @@ With kept = (ids int32 [N], offsets int64 [T + 1]) π is over the kept set of ea
 """
 
 import math
+import types
 
+import torch
 import triton
 import triton.language as tl
 
 from . import kept as _kept
 from . import row as _row
+from . import schedule as _schedule
 from .kept import kept_statistics, write_kept_gradient
 from .objective import log_ratio_of, token_loss
 from .row import (
+    GROUP,
     entropy_of,
-    load_tile,
+    group_statistics,
+    load_group,
+    load_group_statistics,
+    load_temperature,
     load_token_logit,
     logprob_of,
     row_offset,
     scale_of,
+    slopes,
     statistics,
-    store_tile,
+    store_group,
+    store_group_gradient,
+    store_token_gradient,
     write_gradient,
+    write_group_gradient,
     write_zeros,
 )
+from .schedule import Schedule, collect, meet, publish
 
 _LENGTHS = [
+    "rows",
+    "parts",
     "capacity",
     "inner",
     "stride_outer",
@@ -72,6 +86,10 @@ def policy_loss_fwd_kernel(
     logprob_ptr,
     entropy_ptr,
     grad_ptr,
+    exchange_ptr,
+    arrived_ptr,
+    rows: tl.int32,
+    parts: tl.int32,
     capacity: tl.int64,
     inner: tl.int64,
     stride_outer: tl.int64,
@@ -91,118 +109,200 @@ def policy_loss_fwd_kernel(
     CLIPPED: tl.constexpr,
     KL: tl.constexpr,
     KL_IMPORTANCE: tl.constexpr,
+    ENTROPY: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
+    SCHEDULE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(tokens_ptr + row)
-    weight = tl.load(weight_ptr + row)
-    counted = (weight != 0.0) & (token != -100)
-    tau = tl.full([], 1.0, tl.float32)
-    m = tl.full([], 0.0, tl.float32)
-    s = tl.full([], 1.0, tl.float32)
-    e = tl.full([], 0.0, tl.float32)
-    loss = tl.full([], 0.0, tl.float32)
-    logprob = tl.full([], 0.0, tl.float64)
-    entropy = tl.full([], 0.0, tl.float64)
-    g = tl.full([], 0.0, tl.float32)
-    h = tl.full([], 0.0, tl.float32)
-    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-    if counted:
-        if temperature_ptr is not None:
-            tau = tl.load(temperature_ptr + row)
-        else:
-            tau = tau * temperature
-        c = scale_of(tau)
-        if ids_ptr is not None:
-            m, s, e, z_token = kept_statistics(
-                z_ptr, ids_ptr, offsets_ptr, row, capacity, token, vocab_size, c, BLOCK, KEPT
+    EVICT: tl.constexpr = "evict_first" if grad_ptr is None else "evict_last"
+    for item in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
+        row = (item // parts).to(tl.int64)
+        start = item % parts * GROUP * BLOCK
+        token = tl.load(tokens_ptr + row)
+        weight = tl.load(weight_ptr + row)
+        counted = (weight != 0.0) & (token != -100)
+        z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+        m = tl.full([], 0.0, tl.float32)
+        s = tl.full([], 1.0, tl.float32)
+        e = tl.full([], 0.0, tl.float32)
+        z_token = tl.full([], 0.0, tl.float32)
+        tau = tl.full([], 1.0, tl.float32)
+        c = tl.full([], 1.0, tl.float32)
+        loss = tl.full([], 0.0, tl.float32)
+        logprob = tl.full([], 0.0, tl.float64)
+        entropy = tl.full([], 0.0, tl.float64)
+        g = tl.full([], 0.0, tl.float32)
+        h = tl.full([], 0.0, tl.float32)
+        # What a program keeps from its first read to its write: a group without a mask.
+        whole = False
+        if SCHEDULE == "cooperative":
+            whole = start + GROUP * BLOCK <= vocab_size
+            z = tl.zeros([GROUP, BLOCK], logits_ptr.dtype.element_ty)
+        if counted:
+            tau = load_temperature(temperature_ptr, temperature, row)
+            c = scale_of(tau)
+            # In place z_a is read before the statistics, whose reductions are barriers: another
+            # warp, or another program of the row, may soon overwrite it.
+            if ids_ptr is not None:
+                m, s, e, z_token = kept_statistics(
+                    z_ptr,
+                    ids_ptr,
+                    offsets_ptr,
+                    row,
+                    capacity,
+                    token,
+                    vocab_size,
+                    width,
+                    c,
+                    TAIL,
+                    EVICT,
+                    BLOCK,
+                    KEPT,
+                )
+            elif SCHEDULE == "rows":
+                z_token = load_token_logit(z_ptr, token, vocab_size)
+                m, s, e = statistics(z_ptr, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK)
+            else:
+                if SCHEDULE == "cooperative":
+                    z_token = load_token_logit(z_ptr, token, vocab_size)
+                    if whole:
+                        z = load_group(
+                            z_ptr, start, vocab_size, width, TAIL, "evict_first", True, BLOCK
+                        )
+                        m, s, e = group_statistics(z, c, ENTROPY)
+                    else:
+                        m, s, e = load_group_statistics(
+                            z_ptr, start, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK
+                        )
+                    publish(exchange_ptr, row * parts + item % parts, m, s, e, z_token)
+                    meet(arrived_ptr, row, parts)
+                m, s, e, z_token = collect(exchange_ptr, row, parts, c, ENTROPY)
+            logprob = logprob_of(m, s, z_token, tau)
+            log_ratio = tl.full([], 0.0, tl.float64)
+            if old_logprobs_ptr is not None:
+                log_ratio = log_ratio_of(logprob, tl.load(old_logprobs_ptr + row))
+            else:
+                # On-policy the ratio is 1, and NaN where the row is.
+                log_ratio = logprob - logprob
+                log_ratio = tl.where(logprob == float("-inf"), 0.0, log_ratio)
+            to_ref = log_ratio
+            if KL > 0:
+                to_ref = logprob - tl.load(ref_logprobs_ptr + row).to(tl.float64)
+            advantage = tl.full([], 1.0, tl.float32)
+            if advantages_ptr is not None:
+                advantage = tl.load(advantages_ptr + row)
+            loss, g = token_loss(
+                logprob,
+                log_ratio,
+                advantage,
+                to_ref,
+                low,
+                high,
+                delta,
+                dual_clip,
+                kl_coef,
+                CLIPPED,
+                KL,
+                KL_IMPORTANCE,
             )
-        else:
-            # Before the statistics, whose reductions are barriers: in place, another warp may soon
-            # overwrite z_a.
-            z_token = load_token_logit(z_ptr, token, vocab_size)
-            m, s, e = statistics(z_ptr, vocab_size, c, BLOCK)
-        logprob = logprob_of(m, s, z_token, tau)
-        log_ratio = tl.full([], 0.0, tl.float64)
-        if old_logprobs_ptr is not None:
-            log_ratio = log_ratio_of(logprob, tl.load(old_logprobs_ptr + row))
-        else:
-            # On-policy the ratio is 1, and NaN where the row is.
-            log_ratio = logprob - logprob
-            log_ratio = tl.where(logprob == float("-inf"), 0.0, log_ratio)
-        to_ref = log_ratio
-        if KL > 0:
-            to_ref = logprob - tl.load(ref_logprobs_ptr + row).to(tl.float64)
-        advantage = tl.load(advantages_ptr + row)
-        loss, g = token_loss(
-            logprob,
-            log_ratio,
-            advantage,
-            to_ref,
-            low,
-            high,
-            delta,
-            dual_clip,
-            kl_coef,
-            CLIPPED,
-            KL,
-            KL_IMPORTANCE,
-        )
-        entropy = entropy_of(s, e)
-        if ENTROPY_BONUS:
-            loss -= entropy_coef * entropy.to(tl.float32)
-            h -= entropy_coef
-    tl.store(loss_ptr + row, loss)
-    tl.store(logprob_ptr + row, logprob.to(tl.float32))
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, entropy.to(tl.float32))
-    if grad_ptr is not None:
-        to_ptr = grad_ptr + row_offset(
-            row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN
-        )
-        if (g == 0.0) & (h == 0.0):
-            write_zeros(to_ptr, width, BLOCK)
-        elif ids_ptr is not None:
-            write_kept_gradient(
-                z_ptr,
-                to_ptr,
-                ids_ptr,
-                offsets_ptr,
-                row,
-                capacity,
-                vocab_size,
-                width,
-                token,
-                m,
-                s,
-                e,
-                scale_of(tau),
-                tau,
-                weight * g,
-                weight * h,
-                BLOCK,
-                KEPT,
+            if ENTROPY:
+                entropy = entropy_of(s, e)
+            if ENTROPY_BONUS:
+                loss -= entropy_coef * entropy.to(tl.float32)
+                h -= entropy_coef
+        if start == 0:
+            if loss_ptr is not None:
+                tl.store(loss_ptr + row, loss)
+            if logprob_ptr is not None:
+                tl.store(logprob_ptr + row, logprob.to(tl.float32))
+            if entropy_ptr is not None:
+                tl.store(entropy_ptr + row, entropy.to(tl.float32))
+        if grad_ptr is not None:
+            to_ptr = grad_ptr + row_offset(
+                row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN
             )
-        else:
-            write_gradient(
-                z_ptr,
-                to_ptr,
-                vocab_size,
-                width,
-                token,
-                m,
-                s,
-                e,
-                scale_of(tau),
-                tau,
-                weight * g,
-                weight * h,
-                BLOCK,
-            )
+            end = width
+            if SCHEDULE != "rows":
+                end = tl.minimum(start + GROUP * BLOCK, width)
+            if (g == 0.0) & (h == 0.0):
+                write_zeros(to_ptr, start, end, width, TAIL, BLOCK)
+            else:
+                k1, k2, at_token = slopes(
+                    m, s, e, z_token, c, tau, weight * g, weight * h, ENTROPY_BONUS
+                )
+                if ids_ptr is not None:
+                    write_kept_gradient(
+                        z_ptr,
+                        to_ptr,
+                        ids_ptr,
+                        offsets_ptr,
+                        row,
+                        capacity,
+                        vocab_size,
+                        width,
+                        token,
+                        m,
+                        c,
+                        k1,
+                        k2,
+                        at_token,
+                        ENTROPY_BONUS,
+                        BLOCK,
+                        KEPT,
+                    )
+                elif SCHEDULE == "rows":
+                    write_gradient(
+                        z_ptr,
+                        to_ptr,
+                        vocab_size,
+                        width,
+                        token,
+                        m,
+                        c,
+                        k1,
+                        k2,
+                        at_token,
+                        TAIL,
+                        ENTROPY_BONUS,
+                        BLOCK,
+                    )
+                else:
+                    if SCHEDULE == "cooperative" and whole:
+                        store_group_gradient(
+                            to_ptr,
+                            z,
+                            start,
+                            vocab_size,
+                            width,
+                            m,
+                            c,
+                            k1,
+                            k2,
+                            TAIL,
+                            ENTROPY_BONUS,
+                            True,
+                            BLOCK,
+                        )
+                    else:
+                        write_group_gradient(
+                            z_ptr,
+                            to_ptr,
+                            start,
+                            vocab_size,
+                            width,
+                            m,
+                            c,
+                            k1,
+                            k2,
+                            TAIL,
+                            ENTROPY_BONUS,
+                            BLOCK,
+                        )
+                    store_token_gradient(to_ptr, token, vocab_size, start, end, at_token)
 
 
 def policy_loss_fwd(
@@ -220,18 +320,40 @@ def policy_loss_fwd(
     logprob,
     entropy,
     grad,
+    schedule: Schedule | None = None,
 ):
-    """Fill loss, logprob, entropy (unless None) and grad (unless None; may be logits itself).
+    """Fill loss, logprob, entropy and grad (unless None; grad may be logits itself).
 
     terms: the fields of pyrlk.objective.Terms; all run-time values except the choice of formula.
+    advantages None: 1. schedule None: `schedule.choose`; kept sets have one program a row.
     """
     r = _row.rows(logits)
     to = r if grad is None else _row.rows(grad)
     if r.count == 0:
         return
+    width = logits.shape[-1]
+    parts = _row.parts(width)
     temperature_ptr, number = _row.split_temperature(temperature)
     ids, offsets, capacity = _kept.split(kept)
-    policy_loss_fwd_kernel[(r.count,)](
+    bonus = terms.entropy_coef != 0
+    with_entropy = bonus or entropy is not None
+    if kept is not None:
+        schedule = Schedule("rows")
+    elif schedule is None:
+        schedule = _schedule.choose(r.count, parts, _schedule.processors(logits))
+    exchange = arrived = None
+    launch = dict(_row.LAUNCH)
+    if schedule.kind == "rows":
+        parts = 1
+    elif schedule.kind == "split":
+        exchange = _schedule.group_statistics_fwd(
+            logits, tokens, weight, temperature, vocab_size, with_entropy
+        )
+    else:
+        exchange = _schedule.empty_exchange(logits)
+        arrived = torch.zeros(r.count, dtype=torch.int32, device=logits.device)
+        launch["launch_cooperative_grid"] = True
+    policy_loss_fwd_kernel[(_schedule.programs(schedule, r.count, parts, logits),)](
         logits,
         tokens,
         ids,
@@ -245,6 +367,10 @@ def policy_loss_fwd(
         logprob,
         entropy,
         grad,
+        exchange,
+        arrived,
+        r.count,
+        parts,
         capacity,
         r.inner,
         r.stride_outer,
@@ -253,7 +379,7 @@ def policy_loss_fwd(
         to.stride_outer,
         to.stride_inner,
         vocab_size,
-        logits.shape[-1],
+        width,
         number,
         1.0 - terms.eps_low,
         1.0 + terms.eps_high,
@@ -264,119 +390,102 @@ def policy_loss_fwd(
         CLIPPED=bool(terms.clipped),
         KL=int(terms.kl) if terms.kl_coef != 0 else 0,
         KL_IMPORTANCE=bool(terms.kl_importance),
-        ENTROPY_BONUS=terms.entropy_coef != 0,
+        ENTROPY=with_entropy,
+        ENTROPY_BONUS=bonus,
         ALIGN=r.align,
         GRAD_ALIGN=to.align,
+        TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
-        **_row.LAUNCH,
+        SCHEDULE=schedule.kind,
+        **launch,
     )
 
 
-@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_PER_TOKEN)
-def reinforce_grad_fwd_kernel(
-    logits_ptr,
-    tokens_ptr,
-    advantages_ptr,
-    temperature_ptr,
-    grad_ptr,
-    inner: tl.int64,
-    stride_outer: tl.int64,
-    stride_inner: tl.int64,
-    grad_inner: tl.int64,
-    grad_stride_outer: tl.int64,
-    grad_stride_inner: tl.int64,
-    vocab_size: tl.int32,
-    temperature,
-    ALIGN: tl.constexpr,
-    GRAD_ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    to_ptr = grad_ptr + row_offset(
-        row, grad_inner, grad_stride_outer, grad_stride_inner, GRAD_ALIGN
-    )
-    token = tl.load(tokens_ptr + row)
-    advantage = tl.load(advantages_ptr + row, mask=token != -100, other=0.0)
-    if advantage == 0.0:
-        write_zeros(to_ptr, vocab_size, BLOCK)
-    else:
-        if temperature_ptr is not None:
-            tau = tl.load(temperature_ptr + row)
-        else:
-            tau = tl.full([], 1.0, tl.float32) * temperature
-        c = scale_of(tau)
-        z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        m, s, e = statistics(z_ptr, vocab_size, c, BLOCK)
-        h = tl.full([], 0.0, tl.float32)
-        write_gradient(
-            z_ptr, to_ptr, vocab_size, vocab_size, token, m, s, e, c, tau, -advantage, h, BLOCK
-        )
+# The terms of −A·log π(a) alone.
+_REINFORCE = types.SimpleNamespace(
+    clipped=False,
+    eps_low=0.0,
+    eps_high=0.0,
+    dual_clip=0.0,
+    delta=0.0,
+    kl=0,
+    kl_coef=0.0,
+    kl_importance=False,
+    entropy_coef=0.0,
+)
 
 
-def reinforce_grad(logits, tokens, advantages, temperature, out):
+def reinforce_grad(logits, tokens, advantages, temperature, out, schedule: Schedule | None = None):
     """out = A·(π − e_a)/τ, zeros where the token is −100 or A is 0; out may be logits itself."""
-    r, to = _row.rows(logits), _row.rows(out)
-    if r.count == 0:
-        return
-    temperature_ptr, number = _row.split_temperature(temperature)
-    reinforce_grad_fwd_kernel[(r.count,)](
+    policy_loss_fwd(
         logits,
         tokens,
-        advantages,
-        temperature_ptr,
-        out,
-        r.inner,
-        r.stride_outer,
-        r.stride_inner,
-        to.inner,
-        to.stride_outer,
-        to.stride_inner,
+        None,
+        None,
+        None,
+        advantages,  # A·(−log π(a)): its weight is A, its advantage 1
+        None,
+        temperature,
         logits.shape[-1],
-        number,
-        ALIGN=r.align,
-        GRAD_ALIGN=to.align,
-        BLOCK=_row.TILE,
-        **_row.LAUNCH,
+        _REINFORCE,
+        None,
+        None,
+        None,
+        out,
+        schedule,
     )
 
 
 @triton.jit(
-    do_not_specialize=["inner", "stride_outer", "stride_inner", "width"],
+    do_not_specialize=["items", "parts", "inner", "stride_outer", "stride_inner", "width"],
     do_not_specialize_on_alignment=["scale_ptr"],
 )
 def scale_fwd_kernel(
     x_ptr,
     scale_ptr,
+    items: tl.int32,
+    parts: tl.int32,
     inner: tl.int64,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
     width: tl.int32,
     ALIGN: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
-        row = tl.program_id(0).to(tl.int64)
-        at_ptr = x_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        for start in range(0, width, BLOCK):
-            x = load_tile(at_ptr, start, width, BLOCK)
-            store_tile(at_ptr, start, x * scale, width, BLOCK)
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            row = (item // parts).to(tl.int64)
+            start = item % parts * GROUP * BLOCK
+            at_ptr = x_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+            if start + GROUP * BLOCK <= width:
+                x = load_group(at_ptr, start, width, width, TAIL, "evict_first", True, BLOCK)
+                store_group(at_ptr, start, x.to(tl.float32) * scale, width, TAIL, True, BLOCK)
+            else:
+                x = load_group(at_ptr, start, width, width, TAIL, "evict_first", False, BLOCK)
+                store_group(at_ptr, start, x.to(tl.float32) * scale, width, TAIL, False, BLOCK)
 
 
 def scale_(x, scale):
     """x *= scale, a 0-d tensor on the device; x is not touched where scale is 1."""
-    r = _row.rows(x)
+    r, parts = _row.rows(x), _row.parts(x.shape[-1])
     if math.prod(x.shape) == 0:
         return
-    scale_fwd_kernel[(r.count,)](
+    # As many programs as run at once: where scale is 1 they are all there is to pay for.
+    items = r.count * parts
+    scale_fwd_kernel[(min(items, 4 * _schedule.processors(x)),)](
         x,
         scale,
+        items,
+        parts,
         r.inner,
         r.stride_outer,
         r.stride_inner,
         x.shape[-1],
         ALIGN=r.align,
+        TAIL=r.tail,
         BLOCK=_row.TILE,
         **_row.LAUNCH,
     )

@@ -116,7 +116,8 @@ RowStats row_stats(const void* z, DType dtype, int64_t n, double temperature, bo
 }
 
 void tile_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
-                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, void* out) {
+                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, bool stream,
+                   void* out) {
   const int64_t begin = first * kTile, end = std::min(n, last * kTile);
   if (dtype == DType::kFloat64) {
     const double* row = static_cast<const double*>(z);
@@ -127,9 +128,9 @@ void tile_gradient(const void* z, DType dtype, int64_t n, double temperature, do
       target[i] = e > 0.0 ? e * (slope.k1 + slope.k2 * y) : 0.0;
     }
   } else {
-    row_kernels().gradient[int(dtype)](at(z, dtype, begin), end - begin,
-                                       exponent_scale(temperature), float(max), float(slope.k1),
-                                       float(slope.k2), const_cast<void*>(at(out, dtype, begin)));
+    row_kernels().gradient[int(dtype)](
+        at(z, dtype, begin), end - begin, exponent_scale(temperature), float(max), float(slope.k1),
+        float(slope.k2), stream, const_cast<void*>(at(out, dtype, begin)));
   }
   if (begin <= action && action < end) {
     if (dtype == DType::kFloat64) {

@@ -1,7 +1,5 @@
 // logprob = log π(a), entropy H, and their gradient from (g, h): statistics, then one gradient
 // sweep.
-#include <omp.h>
-
 #include "kernels.h"
 #include "per_token.h"
 
@@ -12,28 +10,24 @@ int64_t token_logprobs(const Rows& z, const int64_t* tokens, KeptIds kept, Tempe
   const int64_t bad = first_bad_token(tokens, kept, nullptr, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel num_threads(row_threads(z, threads))
-  {
-    Distribution row(z, kept);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < z.count; ++t) {
-      RowStats s;
-      double lp = 0.0, h = 0.0, at = 0.0;
-      if (tokens[t] != kIgnored) {
-        const double temperature = temperature_at(tau, t, wide);
-        row.select(t, tokens[t]);
-        s = row.stats(temperature, entropy_out != nullptr);
-        at = row.at_action();
-        lp = log_prob(s, at, temperature);
-        if (entropy_out != nullptr) h = entropy(s);
-        if (!regular(s)) s.sum = s.energy = std::numeric_limits<double>::quiet_NaN();
-      }
-      put(logprob, t, lp, wide);
-      if (entropy_out != nullptr) put(entropy_out, t, h, wide);
-      const double four[4] = {s.max, s.sum, s.energy, at};
-      for (int k = 0; k < 4; ++k) put(stats, 4 * t + k, four[k], wide);
+  for_rows(z, kept, threads, [&](Distribution& row, int64_t t) {
+    RowStats s;
+    double lp = 0.0, h = 0.0, at = 0.0;
+    if (tokens[t] != kIgnored) {
+      const double temperature = temperature_at(tau, t, wide);
+      row.select(t, tokens[t]);
+      s = row.stats(temperature, entropy_out != nullptr);
+      at = row.at_action();
+      lp = log_prob(s, at, temperature);
+      if (entropy_out != nullptr) h = entropy(s);
+      if (!regular(s)) s.sum = s.energy = std::numeric_limits<double>::quiet_NaN();
     }
-  }
+    if (!row.leads()) return;
+    put(logprob, t, lp, wide);
+    if (entropy_out != nullptr) put(entropy_out, t, h, wide);
+    const double four[4] = {s.max, s.sum, s.energy, at};
+    for (int k = 0; k < 4; ++k) put(stats, 4 * t + k, four[k], wide);
+  });
   return -1;
 }
 
@@ -41,27 +35,21 @@ void token_logprobs_backward(const Rows& z, const int64_t* tokens, KeptIds kept,
                              const void* stats, const void* grad_logprob, const void* grad_entropy,
                              const Rows& grad, int threads) {
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel num_threads(row_threads(z, threads))
-  {
-    Distribution row(z, kept);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < z.count; ++t) {
-      const double g = get(grad_logprob, t, wide, 0.0), h = get(grad_entropy, t, wide, 0.0);
-      if (tokens[t] == kIgnored || (g == 0.0 && h == 0.0)) {
-        row_fill(grad.row(t), grad.dtype, 0, grad.width, 0.0f);
-        continue;
-      }
-      RowStats s;
-      s.max = get(stats, 4 * t, wide, 0.0);
-      s.sum = get(stats, 4 * t + 1, wide, 0.0);
-      s.energy = get(stats, 4 * t + 2, wide, 0.0);
-      s.nan = s.sum != s.sum;
-      const double temperature = temperature_at(tau, t, wide);
-      const double lp = log_prob(s, get(stats, 4 * t + 3, wide, 0.0), temperature);
-      row.select(t, tokens[t]);
-      row.write_gradient(t, s, lp, g, h, temperature, grad);
+  for_rows(z, kept, threads, [&](Distribution& row, int64_t t) {
+    const double g = get(grad_logprob, t, wide, 0.0), h = get(grad_entropy, t, wide, 0.0);
+    if (tokens[t] == kIgnored || (g == 0.0 && h == 0.0)) {
+      return row.fill(t, grad, 0, 0.0f);
     }
-  }
+    RowStats s;
+    s.max = get(stats, 4 * t, wide, 0.0);
+    s.sum = get(stats, 4 * t + 1, wide, 0.0);
+    s.energy = get(stats, 4 * t + 2, wide, 0.0);
+    s.nan = s.sum != s.sum;
+    const double temperature = temperature_at(tau, t, wide);
+    const double lp = log_prob(s, get(stats, 4 * t + 3, wide, 0.0), temperature);
+    row.select(t, tokens[t]);
+    row.write_gradient(t, s, lp, g, h, temperature, grad);
+  });
 }
 
 }  // namespace pyrlk

@@ -1,6 +1,4 @@
 // The fused policy loss: statistics → objective → gradient of one row while it sits in cache.
-#include <omp.h>
-
 #include "../memory/threads.h"
 #include "kernels.h"
 #include "per_token.h"
@@ -12,42 +10,38 @@ int64_t policy_loss(const PolicyLossArgs& a, int threads) {
   const int64_t bad = first_bad_token(a.tokens, a.kept, a.weight, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64, with_entropy = a.entropy != nullptr;
-#pragma omp parallel num_threads(row_threads(z, threads))
-  {
-    Distribution row(z, a.kept);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < z.count; ++t) {
-      const double weight = get(a.weight, t, wide, 0.0);
-      TokenLoss token{0.0, 0.0};
-      double lp = 0.0, h = 0.0;
-      bool zero = true;
-      if (weight != 0.0 && a.tokens[t] != kIgnored) {
-        const double temperature = temperature_at(a.tau, t, wide);
-        row.select(t, a.tokens[t]);
-        const RowStats s = row.stats(temperature, with_entropy);
-        lp = log_prob(s, row.at_action(), temperature);
-        const double old = get(a.old_logprobs, t, wide, lp);
-        // A token scored twice has the ratio 1, not 1 give or take the rounding of `old`.
-        const bool same = old == lp || (!wide && old == double(float(lp)));
-        token = token_loss(lp, same ? 0.0 : lp - old, get(a.advantages, t, wide, 0.0),
-                           get(a.ref_logprobs, t, wide, 0.0), a.terms);
-        if (with_entropy) {
-          h = entropy(s);
-          token.loss -= a.terms.entropy_coef == 0.0 ? 0.0 : a.terms.entropy_coef * h;
-        }
-        const double g = weight * token.g, slope_h = -weight * a.terms.entropy_coef;
-        zero = g == 0.0 && slope_h == 0.0 && regular(s);
-        if (a.grad != nullptr && !zero) {
-          row.write_gradient(t, s, lp, g, slope_h, temperature, *a.grad);
-        }
-        if (!regular(s)) token.loss = std::numeric_limits<double>::quiet_NaN();
+  for_rows(z, a.kept, threads, [&](Distribution& row, int64_t t) {
+    const double weight = get(a.weight, t, wide, 0.0);
+    TokenLoss token{0.0, 0.0};
+    double lp = 0.0, h = 0.0;
+    bool zero = true;
+    if (weight != 0.0 && a.tokens[t] != kIgnored) {
+      const double temperature = temperature_at(a.tau, t, wide);
+      row.select(t, a.tokens[t]);
+      const RowStats s = row.stats(temperature, with_entropy);
+      lp = log_prob(s, row.at_action(), temperature);
+      const double old = get(a.old_logprobs, t, wide, lp);
+      // A token scored twice has the ratio 1, not 1 give or take the rounding of `old`.
+      const bool same = old == lp || (!wide && old == double(float(lp)));
+      token = token_loss(lp, same ? 0.0 : lp - old, get(a.advantages, t, wide, 0.0),
+                         get(a.ref_logprobs, t, wide, 0.0), a.terms);
+      if (with_entropy) {
+        h = entropy(s);
+        token.loss -= a.terms.entropy_coef == 0.0 ? 0.0 : a.terms.entropy_coef * h;
       }
-      if (a.grad != nullptr && zero) row_fill(a.grad->row(t), z.dtype, 0, a.grad->width, 0.0f);
-      put(a.loss, t, token.loss, wide);
-      put(a.logprob, t, lp, wide);
-      if (with_entropy) put(a.entropy, t, h, wide);
+      const double g = weight * token.g, slope_h = -weight * a.terms.entropy_coef;
+      zero = g == 0.0 && slope_h == 0.0 && regular(s);
+      if (a.grad != nullptr && !zero) {
+        row.write_gradient(t, s, lp, g, slope_h, temperature, *a.grad);
+      }
+      if (!regular(s)) token.loss = std::numeric_limits<double>::quiet_NaN();
     }
-  }
+    if (a.grad != nullptr && zero) row.fill(t, *a.grad, 0, 0.0f);
+    if (!row.leads()) return;
+    put(a.loss, t, token.loss, wide);
+    put(a.logprob, t, lp, wide);
+    if (with_entropy) put(a.entropy, t, h, wide);
+  });
   return -1;
 }
 
@@ -57,23 +51,17 @@ int64_t reinforce_grad(const Rows& z, const int64_t* tokens, const void* advanta
   const int64_t bad = first_bad_token(tokens, all, nullptr, z);
   if (bad >= 0) return bad;
   const bool wide = z.dtype == DType::kFloat64;
-#pragma omp parallel num_threads(row_threads(z, threads))
-  {
-    Distribution row(z, all);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < z.count; ++t) {
-      const double advantage = get(advantages, t, wide, 0.0);
-      if (tokens[t] == kIgnored || advantage == 0.0) {
-        row_fill(out.row(t), out.dtype, 0, out.width, 0.0f);
-        continue;
-      }
-      const double temperature = temperature_at(tau, t, wide);
-      row.select(t, tokens[t]);
-      const RowStats s = row.stats(temperature, false);
-      const double lp = log_prob(s, row.at_action(), temperature);
-      row.write_gradient(t, s, lp, -advantage, 0.0, temperature, out);
+  for_rows(z, all, threads, [&](Distribution& row, int64_t t) {
+    const double advantage = get(advantages, t, wide, 0.0);
+    if (tokens[t] == kIgnored || advantage == 0.0) {
+      return row.fill(t, out, 0, 0.0f);
     }
-  }
+    const double temperature = temperature_at(tau, t, wide);
+    row.select(t, tokens[t]);
+    const RowStats s = row.stats(temperature, false);
+    const double lp = log_prob(s, row.at_action(), temperature);
+    row.write_gradient(t, s, lp, -advantage, 0.0, temperature, out);
+  });
   return -1;
 }
 

@@ -82,9 +82,11 @@ void tile_stats(const void* z, DType dtype, int64_t n, double temperature, bool 
 // … and all of them together, in index order.
 RowStats combine(const RowStats* tiles, int64_t count, DType dtype, double temperature);
 
-// The gradient of tiles [first, last); `action` may lie in any tile, or be −1.
+// The gradient of tiles [first, last); `action` may lie in any tile, or be −1. `stream`: the
+// gradient is too large to be found in a cache later, so write around it.
 void tile_gradient(const void* z, DType dtype, int64_t n, double temperature, double max,
-                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, void* out);
+                   const RowSlope& slope, int64_t action, int64_t first, int64_t last, bool stream,
+                   void* out);
 // Fills [from, to) of a row.
 void row_fill(void* out, DType dtype, int64_t from, int64_t to, float value);
 double row_at(const void* z, DType dtype, int64_t i);
@@ -94,7 +96,8 @@ struct RowKernels {
   const char* name;
   // Tiles of n elements in all, the last one perhaps short.
   void (*stats[3])(const void* z, int64_t n, float c, bool with_entropy, RowStats* tiles);
-  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, void* out);
+  void (*gradient[3])(const void* z, int64_t n, float c, float m, float k1, float k2, bool stream,
+                      void* out);
   // The row as float32.
   void (*widen[3])(const void* z, int64_t n, float* out);
   // Maximum of every 64 elements.

@@ -36,7 +36,10 @@ inline double sum_lanes(const Group& acc, const T* type) {
 inline float max_lanes(const Group& acc) {
   float x[kWidth];
   store(x, max(max(acc.v[0], acc.v[1]), max(acc.v[2], acc.v[3])));
-  return *std::max_element(x, x + kWidth);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  }
+  return x[0] + 0.0f;  // one zero, whichever came first
 }
 
 inline Group splat_group(float x) { return {{splat(x), splat(x), splat(x), splat(x)}}; }
@@ -44,21 +47,21 @@ inline Group splat_group(float x) { return {{splat(x), splat(x), splat(x), splat
 template <class T, bool kEntropy>
 RowStats stats_of_tile(const T* z, int64_t n, Vec c) {
   Group top = splat_group(kNegInf);
-  Mask ordered = everything();
+  Mask ordered[2] = {everything(), everything()};
   for_groups(z, n, [&](int64_t, const Group& g) {
     for (int k = 0; k < kVecs; ++k) top.v[k] = max(g.v[k], top.v[k]);  // a NaN loses the comparison
-    for (int k = 0; k < kVecs; k += 2) ordered = and_ordered(ordered, g.v[k], g.v[k + 1]);
+    for (int k = 0; k < 2; ++k) ordered[k] = and_ordered(ordered[k], g.v[2 * k], g.v[2 * k + 1]);
   });
   RowStats s;
   const float highest = max_lanes(top);
   s.max = highest;
-  s.nan = bits(ordered) != bits(everything());
+  s.nan = (bits(ordered[0]) & bits(ordered[1])) != bits(everything());
   const Vec m = splat(highest);
   Group sum = splat_group(0.0f), energy = sum;
   for_groups(z, n, [&](int64_t, const Group& g) {
     for (int k = 0; k < kVecs; ++k) {
       const Vec y = exponent(g.v[k], m, c);
-      const Vec e = exp2<true>(y);
+      const Vec e = exp2<Fused>(y);
       sum.v[k] = sum.v[k] + e;
       if (kEntropy) energy.v[k] = fma(e, y, energy.v[k]);
     }
@@ -79,35 +82,44 @@ void stats(const void* z, int64_t n, float c, bool with_entropy, RowStats* tiles
   }
 }
 
-template <class T, bool kEntropy>
+template <class T>
+struct GradientExp {
+  using Form = Fused;
+};
+template <>
+struct GradientExp<BFloat16> {
+  using Form = Rough;
+};
+
+template <class T, bool kEntropy, bool kStream>
 void gradient_row(const T* z, int64_t n, Vec c, Vec m, Vec k1, Vec k2, T* out) {
   for_groups(z, n, [&](int64_t i, const Group& logits) {
     Group g;
     for (int k = 0; k < kVecs; ++k) {
       const Vec y = exponent(logits.v[k], m, c);
-      const Vec e = exp2<true>(y);
+      const Vec e = exp2<typename GradientExp<T>::Form>(y);
       g.v[k] = e * (kEntropy ? fma(k2, y, k1) : k1);
     }
     if (i + kLanes <= n) {
-      store_group(out + i, g);
+      store_group<kStream>(out + i, g);
     } else {
       T rest[kLanes];
-      store_group(rest, g);
+      store_group<false>(rest, g);
       std::copy_n(rest, n - i, out + i);
     }
   });
+  if (kStream) stream_end();
 }
 
 template <class T>
-void gradient(const void* z, int64_t n, float c, float m, float k1, float k2, void* out) {
-  const T* row = static_cast<const T*>(z);
-  T* target = static_cast<T*>(out);
-  const Vec vc = splat(c), vm = splat(m), v1 = splat(k1), v2 = splat(k2);
-  if (k2 != 0.0f) {
-    gradient_row<T, true>(row, n, vc, vm, v1, v2, target);
-  } else {
-    gradient_row<T, false>(row, n, vc, vm, v1, v2, target);
-  }
+void gradient(const void* z, int64_t n, float c, float m, float k1, float k2, bool stream,
+              void* out) {
+  const bool on_line = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const auto body =
+      k2 != 0.0f ? stream && on_line ? gradient_row<T, true, true> : gradient_row<T, true, false>
+      : stream && on_line ? gradient_row<T, false, true>
+                          : gradient_row<T, false, false>;
+  body(static_cast<const T*>(z), n, splat(c), splat(m), splat(k1), splat(k2), static_cast<T*>(out));
 }
 
 template <class T>
@@ -145,7 +157,7 @@ inline void group_masses(const Group& g, Vec c, Vec m, uint64_t* out) {
   const Vec unit = splat(17592186044416.0f);
   float w[kLanes];
   for (int k = 0; k < kVecs; ++k) {
-    store(w + k * kWidth, exp2<false>(exponent(g.v[k], m, c)) * unit);
+    store(w + k * kWidth, exp2<Separate>(exponent(g.v[k], m, c)) * unit);
   }
   for (int k = 0; k < kLanes; ++k) out[k] = uint64_t(int64_t(w[k]));
 }

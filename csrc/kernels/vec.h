@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
+#include <iterator>
 
 #include "row.h"
 
@@ -207,17 +209,30 @@ template <class T>
 inline Group load_group(const T* p) {
   return {{load(p), load(p + kWidth), load(p + 2 * kWidth), load(p + 3 * kWidth)}};
 }
-template <class T>
+// kStream: past the cache where the type can, to an address on a 64-byte line; stream_end() before
+// another thread may read it.
+template <bool kStream, class T>
 inline void store_group(T* p, const Group& g) {
   for (int k = 0; k < kVecs; ++k) store(p + k * kWidth, g.v[k]);
 }
 template <class T>
 inline void in_order(const Group& g, const T*, float* x) {
-  store_group(x, g);
+  for (int k = 0; k < kVecs; ++k) store(x + k * kWidth, g.v[k]);
 }
 
 #if defined(__AVX512F__)
 
+template <bool kStream>
+inline void store_line(void* p, __m512i x) {
+  kStream ? _mm512_stream_si512(static_cast<__m512i*>(p), x) : _mm512_storeu_si512(p, x);
+}
+inline void stream_end() { _mm_sfence(); }
+template <bool kStream>
+inline void store_group(float* p, const Group& g) {
+  for (int k = 0; k < kVecs; ++k) {
+    store_line<kStream>(p + k * kWidth, _mm512_castps_si512(g.v[k].v));
+  }
+}
 inline Group load_group(const BFloat16* p) {
   Group g;
   for (int k = 0; k < kVecs; k += 2) {
@@ -232,27 +247,38 @@ inline __m512i rounded_bf16(Vec a) {  // in the upper halves; ties to even
   const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
   return _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
 }
+template <bool kStream>
 inline void store_group(BFloat16* p, const Group& g) {
   for (int k = 0; k < kVecs; k += 2) {
     const __m512i even = _mm512_srli_epi32(rounded_bf16(g.v[k]), 16);
     const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded_bf16(g.v[k + 1]));
-    _mm512_storeu_si512(p + k * kWidth, both);
+    store_line<kStream>(p + k * kWidth, both);
   }
 }
 inline void in_order(const Group& g, const BFloat16*, float* x) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int k = 0; k < kVecs; k += 2) {
-    float even[kWidth], odd[kWidth];
-    store(even, g.v[k]);
-    store(odd, g.v[k + 1]);
-    for (int i = 0; i < kWidth; ++i) {
-      x[k * kWidth + 2 * i] = even[i];
-      x[k * kWidth + 2 * i + 1] = odd[i];
-    }
+    store(x + k * kWidth, {_mm512_permutex2var_ps(g.v[k].v, low, g.v[k + 1].v)});
+    store(x + (k + 1) * kWidth, {_mm512_permutex2var_ps(g.v[k].v, high, g.v[k + 1].v)});
   }
 }
 
 #elif defined(__AVX2__)
 
+template <bool kStream>
+inline void store_line(void* p, __m256i x) {
+  __m256i* q = static_cast<__m256i*>(p);
+  kStream ? _mm256_stream_si256(q, x) : _mm256_storeu_si256(q, x);
+}
+inline void stream_end() { _mm_sfence(); }
+template <bool kStream>
+inline void store_group(float* p, const Group& g) {
+  for (int k = 0; k < kVecs; ++k) {
+    store_line<kStream>(p + k * kWidth, _mm256_castps_si256(g.v[k].lo));
+    store_line<kStream>(p + k * kWidth + 8, _mm256_castps_si256(g.v[k].hi));
+  }
+}
 inline Group load_group(const BFloat16* p) {
   Group g;
   for (int k = 0; k < kVecs; ++k) {
@@ -267,20 +293,26 @@ inline __m256i rounded_bf16(__m256 a) {  // in the upper halves; ties to even
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
+template <bool kStream>
 inline void store_group(BFloat16* p, const Group& g) {
   for (int k = 0; k < kVecs; ++k) {
     const __m256i even = _mm256_srli_epi32(rounded_bf16(g.v[k].lo), 16);
     const __m256i both = _mm256_blend_epi16(even, rounded_bf16(g.v[k].hi), 0xaa);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + k * kWidth), both);
+    store_line<kStream>(p + k * kWidth, both);
   }
 }
 inline void in_order(const Group& g, const BFloat16*, float* x) {
   for (int k = 0; k < kVecs; ++k) {
-    float parts[kWidth];
-    store(parts, g.v[k]);
-    for (int i = 0; i < kWidth; ++i) x[k * kWidth + i] = parts[(i & 1) * (kWidth / 2) + i / 2];
+    const __m256 a = _mm256_unpacklo_ps(g.v[k].lo, g.v[k].hi);  // 0 … 3, 8 … 11
+    const __m256 b = _mm256_unpackhi_ps(g.v[k].lo, g.v[k].hi);  // 4 … 7, 12 … 15
+    _mm256_storeu_ps(x + k * kWidth, _mm256_permute2f128_ps(a, b, 0x20));
+    _mm256_storeu_ps(x + k * kWidth + 8, _mm256_permute2f128_ps(a, b, 0x31));
   }
 }
+
+#else
+
+inline void stream_end() {}
 
 #endif
 
@@ -298,16 +330,32 @@ inline int store_lanes(int32_t* out, const Mask& a, int32_t first) {
 // y clipped below at −127, where exp2 is exactly 0; NaN (−inf − −inf) becomes −127 as well.
 inline Vec exponent(Vec z, Vec m, Vec c) { return max((z - m) * c, splat(-127.0f)); }
 
-template <bool kFused>
+// How 2^f is computed on [−1/2, 1/2]; the relative error of each in brackets.
+struct Separate {  // degree 6, separate multiplies and adds [5e-8]
+  static Vec step(Vec p, Vec f, Vec a) { return p * f + a; }
+  static constexpr float kCoefficients[] = {0.00015196693129837513f, 0.0013391304528340697f,
+                                            0.009619002230465412f,   0.055503588169813156f,
+                                            0.24022643268108368f,    0.6931471824645996f};
+};
+struct Fused : Separate {  // the same, fused [5e-8]
+  static Vec step(Vec p, Vec f, Vec a) { return fma(p, f, a); }
+};
+struct Rough {  // degree 4, fused, for results that are rounded to 8 bits [3e-6]
+  static Vec step(Vec p, Vec f, Vec a) { return fma(p, f, a); }
+  static constexpr float kCoefficients[] = {0.009585382416844368f, 0.05590662732720375f,
+                                            0.24024038016796112f, 0.6931241750717163f};
+};
+
+template <class Form>
 inline Vec exp2(Vec y) {
-  constexpr float kCoefficients[] = {0.0013391304528340697f, 0.009619002230465412f,
-                                     0.055503588169813156f,  0.24022643268108368f,
-                                     0.6931471824645996f,    1.0f};
   const Vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
   const Vec t = y + magic;
   const Vec f = y - (t - magic);
-  Vec p = splat(0.00015196693129837513f);
-  for (float a : kCoefficients) p = kFused ? fma(p, f, splat(a)) : p * f + splat(a);
+  Vec p = splat(Form::kCoefficients[0]);
+  for (std::size_t k = 1; k < std::size(Form::kCoefficients); ++k) {
+    p = Form::step(p, f, splat(Form::kCoefficients[k]));
+  }
+  p = Form::step(p, f, splat(1.0f));
   return scale_by_exponent(p, t);  // the low bits of t hold n
 }
 

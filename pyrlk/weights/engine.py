@@ -7,6 +7,7 @@ apply(segment, bucket)    copies one bucket; with sums, proves what it copied
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,18 @@ from .layout import Entry, Layout
 from .source import ModuleState, Table
 
 LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], object]
+
+
+class Engine(Protocol):
+    """Where a receiver puts tensors."""
+
+    names_from: str
+
+    def check(self, layout: Layout, partial: bool) -> None: ...
+    def apply(
+        self, segment: memory.Segment, bucket: int, sums: tuple[int, ...], threads: int
+    ) -> None: ...
+    def release(self) -> None: ...
 
 
 class ModuleEngine:

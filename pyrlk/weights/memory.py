@@ -356,6 +356,14 @@ class _OpenCuda(Segment):
         super().close()
 
 
+def tensor_sum(tensor: Tensor, *, threads: int) -> int:
+    """The sum of a tensor's bytes in logical order."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.device.type == "cpu":
+        return _C.checksum(flat.data_ptr(), flat.numel(), array("Q", [0, flat.numel()]), threads)[0]
+    return _numbers([_sum_of(flat)])[0]
+
+
 def create(device: torch.device, nbytes: int) -> Segment:
     """Staging memory where `device` says."""
     if device.type == "cuda":

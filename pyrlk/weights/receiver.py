@@ -14,16 +14,18 @@ import contextlib
 import os
 import secrets
 import select
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import layout as layouts
 from . import memory, wire
-from .engine import CallableEngine, LoadWeights, ModuleEngine, mismatch
+from .engine import CallableEngine, Engine, LoadWeights, ModuleEngine, mismatch
 from .errors import (
     ApplyFailed,
     Busy,
@@ -81,7 +83,7 @@ class Receiver:
         expected: Mapping[str, Tensor] | None = None,
         timeout: float = 30.0,
     ):
-        self._engine: ModuleEngine | CallableEngine
+        self._engine: Engine
         if isinstance(model_or_load_weights, nn.Module):
             if expected is not None:
                 raise ValueError("expected goes with a load_weights callable; a module has names")
@@ -95,13 +97,18 @@ class Receiver:
             )
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        self._start(float(timeout))
+        self._path = wire.check_path(socket_path)
+        self._listener: socket.socket | None = wire.listen(self._path)
+
+    def _start(self, timeout: float) -> None:
         self.version = -1
         self.dirty = False
         self.last_error: UpdateError | None = None
-        self._timeout = float(timeout)
+        self._timeout = timeout
         self._boot = secrets.token_bytes(16)
-        self._path = wire.check_path(socket_path)
-        self._listener = wire.listen(self._path)
+        self._path = ""
+        self._listener = None  # until there is one; a subclass may connect by itself
         self._session: _Session | None = None
         self._stop = threading.Event()
         self._closed = False
@@ -149,8 +156,9 @@ class Receiver:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._listener.close()
-        wire.unlink(self._path)
+        if self._listener is not None:
+            self._listener.close()
+            wire.unlink(self._path)
 
     def __enter__(self) -> Receiver:
         return self
@@ -162,7 +170,8 @@ class Receiver:
         """The next frame of the publisher; None when the deadline passes without one."""
         while True:
             poller = select.poll()
-            poller.register(self._listener, select.POLLIN)
+            if self._listener is not None:
+                poller.register(self._listener, select.POLLIN)
             if self._session is not None:
                 for fd in self._session.channel.watched():
                     poller.register(fd, select.POLLIN)
@@ -177,6 +186,8 @@ class Receiver:
 
     def _accept(self) -> bool:
         """Let a publisher in, or tell it that there is one; False if that cannot be done now."""
+        if self._listener is None:
+            raise PeerLost("the publisher is gone")
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
@@ -280,7 +291,7 @@ class Receiver:
             # A direct bucket is the trainer's memory itself: nothing lies in between, and what goes
             # into the engine is summed on the way.
             if begin.verify and not (layout.segments[number] and self._engine.sums_copies):
-                _verify(segment, layout, bucket, threads)
+                self._verify(segment, layout, bucket, threads)
             verify_seconds += time.perf_counter() - start
             waiting.append((bucket, segment))
             # All or nothing where the ring holds everything; else a slot must come free.
@@ -297,6 +308,12 @@ class Receiver:
         # torch may free a GPU's memory as soon as the trainer goes on.
         session.close_direct(memory.Kind.CUDA)
         return verify_seconds, copy_seconds
+
+    def _verify(
+        self, segment: memory.Segment, layout: layouts.Layout, bucket: wire.Bucket, threads: int
+    ) -> None:
+        """Sum what arrived, before any of it is copied."""
+        verify(segment, layout, bucket, layout.pieces[bucket.bucket], threads)
 
     def _next_bucket(self, session: _Session) -> wire.Bucket:
         """The next BUCKET; segments that are announced on the way are opened."""
@@ -441,10 +458,22 @@ class _owned:
         self._frame.close_fds()
 
 
-def _verify(
-    segment: memory.Segment, layout: layouts.Layout, bucket: wire.Bucket, threads: int
+def verify(
+    segment: memory.Segment,
+    layout: layouts.Layout,
+    bucket: wire.Bucket,
+    indices: Sequence[int],
+    threads: int,
 ) -> None:
-    sums = segment.sums(layout.ranges[bucket.bucket], threads=threads)
-    for piece, want, got in zip(layout.pieces[bucket.bucket], bucket.sums, sums, strict=True):
-        if want != got:
-            raise mismatch(layout.entries[piece], want, got, "arrived")
+    """Compare the sums of some entries of a bucket with those that were sent."""
+    if not indices:
+        return
+    sent = dict(zip(layout.pieces[bucket.bucket], bucket.sums, strict=True))
+    pieces = [layout.entries[i] for i in indices]
+    ranges = array("Q", [number for e in pieces for number in (e.offset, e.nbytes)])
+    if len(pieces) == len(sent):
+        ranges = layout.ranges[bucket.bucket]
+    sums = segment.sums(ranges, threads=threads)
+    for index, entry, got in zip(indices, pieces, sums, strict=True):
+        if sent[index] != got:
+            raise mismatch(entry, sent[index], got, "arrived")

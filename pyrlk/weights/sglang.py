@@ -90,7 +90,7 @@ class SGLang(Target):
             return BucketSession(self, server, info)
         from .sglang_plan import PlanSession
 
-        return PlanSession(self, server, info)
+        return PlanSession(self, server, info, timeout)
 
 
 class ServerSession:
@@ -108,6 +108,7 @@ class ServerSession:
         self._lock = Lock(server.url)
         self._manifest: manifest.Manifest | None = None
         self._chosen: list[list[int]] = []
+        self._sent: tuple[layouts.Layout, bool, layouts.Layout] | None = None
         self._selector = "all"
         self._version = -1
         self._begun = False
@@ -140,9 +141,7 @@ class ServerSession:
             )
         if not dirty and current.isdecimal() and version <= int(current):
             raise StaleVersion(f"version {version} is not above {current}, which the server has")
-        self._chosen = self._names().select(
-            layout, partial, manifest.engine_dtype(self._info.dtype)
-        )
+        sent = self._select(layout, partial)
         self._selector, self._version = selector, version
         self.settled = self.handed_over = self._begun = False
         with self._undoing(None if dirty else current):
@@ -152,7 +151,7 @@ class ServerSession:
             self._durable = self._server.set_version(f"{DIRTY}{version}")
             self._server.begin(selector, recover=dirty)
             self._begun = True
-            self._opened(layout, version, partial, verify)
+            self._opened(sent, version, partial, verify)
         self._previous = None if dirty else current
 
     def outcome(self, layout: layouts.Layout) -> Outcome:
@@ -208,7 +207,17 @@ class ServerSession:
 
     def _restarted(self, info: Info) -> None:
         self._info = info
-        self._manifest = None
+        self._manifest = self._sent = None
+
+    def _select(self, layout: layouts.Layout, partial: bool) -> layouts.Layout:
+        """The layout without the names that the engine need not hear of."""
+        if self._sent is None or self._sent[0] is not layout or self._sent[1] is not partial:
+            dtype = manifest.engine_dtype(self._info.dtype)
+            self._chosen = self._names().select(layout, partial, dtype)
+            keep = {i for part in self._chosen for i in part}
+            entries = tuple(e for i, e in enumerate(layout.entries) if i in keep or not e.nbytes)
+            self._sent = layout, partial, layouts.Layout(entries, layout.buckets)
+        return self._sent[2]
 
     def _names(self) -> manifest.Manifest:
         if self._manifest is None:

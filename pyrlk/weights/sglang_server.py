@@ -38,6 +38,7 @@ class Http:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must be http://host:port, got {url!r}")
         self.url = url.rstrip("/")
+        self.api_key = api_key
         self._https = parts.scheme == "https"
         self._host, self._port = parts.hostname, parts.port
         self._path = parts.path.rstrip("/")

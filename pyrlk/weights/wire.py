@@ -12,6 +12,11 @@
                                                   APPLIED  version, …  | FAILED code, dirty, message
     CLOSE                                         CLOSED
 
+    SGLang's loader connects to the publisher instead, once an update or on a kept connection:
+                                                  ATTACH   nonce, boot nonce, rank
+                                                  REASON   number, text     before CHECKED, APPLIED
+                                                  STATUS   first, one byte a tensor
+
 Bodies have fixed forms; descriptors travel by SCM_RIGHTS; nothing is ever evaluated.
 """
 
@@ -60,6 +65,9 @@ class Type(enum.IntEnum):
     FAILED = 12
     CLOSE = 13
     CLOSED = 14
+    ATTACH = 15
+    STATUS = 16
+    REASON = 17
 
 
 class State(enum.Enum):
@@ -351,6 +359,64 @@ class Failed:
 
     def error(self) -> UpdateError:
         return from_code(self.code, self.message, dirty=self.dirty)
+
+
+@dataclass(frozen=True)
+class Attach:
+    """SGLang's loader was called in a worker; `nonce` is the one of its payload."""
+
+    nonce: bytes
+    boot: bytes
+    rank: int
+
+    _form = struct.Struct("<16s16sH")
+
+    def encode(self) -> bytes:
+        return self._form.pack(self.nonce, self.boot, self.rank)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Attach:
+        return cls(*_unpack(cls._form, body, "ATTACH"))
+
+
+@dataclass(frozen=True)
+class Status:
+    """How tensors [first, first + len(codes)) of the manifest are taken, one byte each."""
+
+    first: int
+    codes: bytes
+
+    UNREAD = 0
+    PLANNED = 1
+    FALLBACK = 2  # and above: the reason of that number
+
+    _form = struct.Struct("<I")
+
+    def encode(self) -> bytes:
+        return self._form.pack(self.first) + self.codes
+
+    @classmethod
+    def decode(cls, body: bytes) -> Status:
+        if len(body) < cls._form.size:
+            raise ProtocolError(f"STATUS: {len(body)} bytes")
+        return cls(cls._form.unpack_from(body)[0], body[cls._form.size :])
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Text of a status; number 0: the engine's parameters that nothing writes."""
+
+    number: int
+    text: str
+
+    def encode(self) -> bytes:
+        return bytes([self.number]) + self.text.encode()[:4096].decode(errors="ignore").encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Reason:
+        if not body:
+            raise ProtocolError("REASON: empty")
+        return cls(body[0], body[1:].decode(errors="replace"))
 
 
 class Channel:

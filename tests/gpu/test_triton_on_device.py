@@ -10,7 +10,7 @@ from pyrlk import objective, reference
 
 pytest.importorskip("triton")
 
-from pyrlk.triton_kernels import logprob, policy_loss, sample
+from pyrlk.triton_kernels import logprob, policy_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,42 +31,6 @@ def score(logits, tokens, temperature=1.0, kept=None):
     logprob.token_logprobs_fwd(
         logits, tokens, kept, temperature, logits.shape[-1], out.logprob, out.entropy, out.stats
     )
-    return out
-
-
-def draw(logits, top_k=50, top_p=0.95, temperature=0.8, min_p=0.0, seed=0):
-    rows = logits.shape[0]
-
-    def per_row(x, dtype=torch.float32):
-        return torch.full((rows,), x, dtype=dtype, device="cuda")
-
-    out = types.SimpleNamespace(
-        token=empty(rows, dtype=torch.int64),
-        logprob=empty(rows),
-        full_logprob=empty(rows),
-        kept=empty(rows, dtype=torch.int32),
-        status=empty(rows, dtype=torch.uint8),
-        bounds=empty(rows, 2, dtype=torch.int64),
-        ids=empty(logits.numel(), dtype=torch.int32),
-        offsets=empty(rows + 1, dtype=torch.int64),
-    )
-    sample.sample_fwd(
-        logits,
-        per_row(temperature),
-        per_row(top_k, torch.int64),
-        per_row(top_p),
-        per_row(min_p),
-        seed + torch.arange(rows, device="cuda"),
-        per_row(0, torch.int64),
-        False,
-        out.token,
-        out.logprob,
-        out.full_logprob,
-        out.kept,
-        out.status,
-        out.bounds,
-    )
-    sample.support_fwd(logits, out.bounds, out.kept, out.status, out.ids, out.offsets)
     return out
 
 
@@ -108,21 +72,6 @@ def test_fused_loss_matches_float64(dtype, bound, vocab):
     torch.testing.assert_close(per_token.cpu().double(), loss.detach(), atol=2e-6, rtol=2e-6)
     assert (grad.cpu().double() - z.grad).norm() <= bound * z.grad.norm()
     assert torch.equal(own, score(logits.cuda(), tokens.cuda(), 0.75).logprob)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampler_keeps_the_float64_set_and_reports_the_scorers_bits(dtype):
-    torch.manual_seed(0)
-    logits = (torch.randn(16, 151936, device="cuda") * 3).to(dtype)
-    out = draw(logits)
-    truth = reference.kept_mask(logits.float(), temperature=0.8, top_k=50, top_p=0.95)
-    assert torch.equal(out.kept.cpu(), truth.sum(-1).to(torch.int32))
-    ids = out.ids[: out.offsets[-1]].cpu().long()
-    assert torch.equal(ids, truth.nonzero()[:, 1])
-    assert truth.gather(1, out.token.cpu()[:, None]).all()
-    assert torch.equal(out.full_logprob, score(logits, out.token, 0.8).logprob)
-    replayed = score(logits, out.token, 0.8, (out.ids, out.offsets))
-    assert torch.equal(out.logprob, replayed.logprob)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
@@ -173,6 +122,66 @@ def test_replayed_loss_matches_float64(dtype, bound, inplace):
     assert (own.grad.cpu().double() - slope).norm() <= bound * slope.norm()
 
 
+@pytest.mark.parametrize("objective", [pyrlk.DAPO(), pyrlk.GSPO(0.2, 0.2)], ids=repr)
+@pytest.mark.parametrize("kept", [False, True])
+def test_linear_loss_over_kept_sets_equals_the_cpu(objective, kept):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 70, 64), torch.randn(5000, 64) / 8
+    tokens, mask = torch.randint(5000, (3, 70)), torch.rand(3, 70) > 0.3
+    old, advantages = torch.randn(3, 70) - 8, torch.randn(3)
+    support = None
+    if kept:
+        sets = torch.rand(210, 5000) < 0.02
+        support = pyrlk.Support.from_mask(sets.scatter_(1, tokens.view(-1, 1), True))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        rest = [x.to(device) for x in (tokens, old, advantages, mask)]
+        sets = support and pyrlk.Support(support.ids.to(device), support.offsets.to(device))
+        loss = pyrlk.linear_policy_loss(
+            *leaves, *rest, objective=objective, support=sets, entropy_coef=0.01, chunk=128
+        )
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cuda.cpu() - cpu).norm() <= 1e-4 * cpu.norm()
+
+
+def test_in_place_by_two_launches_gives_the_bits_of_the_drop_in():
+    logits = torch.randn(4, 9, 32000, device="cuda").bfloat16()
+    tokens = torch.randint(32000, (4, 9), device="cuda")
+    old, advantages = torch.randn(4, 9, device="cuda") - 10, torch.randn(4, device="cuda")
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        z = leaf * 1
+        before = z._version
+        loss = pyrlk.policy_loss(
+            z, tokens, old, advantages, objective=pyrlk.GSPO(0.2, 0.2), inplace=inplace
+        )
+        loss.backward()
+        assert (z._version > before) == inplace
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("kind", ["ce", "tv"])
+def test_draft_loss_equals_the_cpu(kind):
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(150, 64), torch.randn(5000, 64) / 8, torch.arange(150)
+    teacher = torch.randn(150, 64) if kind == "tv" else None
+    bounds = torch.tensor([0, 40, 40, 150])
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = hidden.to(device).requires_grad_()
+        loss = pyrlk.mtp_loss(
+            leaf, weight.to(device), tokens.to(device), depth=2, cu_seqlens=bounds.to(device),
+            kind=kind, teacher_hidden=teacher if teacher is None else teacher.to(device),
+        )  # fmt: skip
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cuda.cpu() - cpu).norm() <= 1e-4 * cpu.norm()
+
+
 def test_a_broken_support_gives_nan_in_its_row_alone():
     logits = torch.randn(5, 32000, device="cuda")
     tokens = torch.tensor([5, 7, 5, 5, 5], device="cuda")
@@ -219,14 +228,11 @@ def test_lengths_and_hyper_parameters_compile_nothing_twice():
             None,
             None,
         )
-        draw(logits[:, 0], temperature=temperature)
 
     def compiled():
         kernels = (
             logprob.token_logprobs_fwd_kernel,
             policy_loss.policy_loss_fwd_kernel,
-            sample.sample_fwd_kernel,
-            sample.support_fwd_kernel,
         )
         return [sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels]
 
@@ -236,13 +242,3 @@ def test_lengths_and_hyper_parameters_compile_nothing_twice():
     for length in (2, 3, 7, 8, 15, 17, 32, 100):
         step(length, 1.0 / length, 0.01 * length)
     assert compiled() == before
-
-
-def test_launches_are_captured_by_a_cuda_graph():
-    logits = torch.randn(8, 32000, device="cuda").bfloat16()
-    draw(logits)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = draw(logits)
-    graph.replay()
-    assert torch.equal(out.token, draw(logits).token)

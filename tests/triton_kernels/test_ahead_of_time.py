@@ -22,23 +22,35 @@ QUICK = [
 ]
 SLOW = [("sm_80", "fp32"), ("sm_100", "fp32"), ("gfx942", "fp32")]
 
-# V-sized streams that a kernel reads and writes; losses read for statistics and for the gradient.
-# Over a kept set a row is read only if kept whole; cleared are it, its padding, or a masked row.
-STREAMS = {
-    "token_logprobs_fwd": (1, 0),
-    "token_logprobs_fwd kept": (1, 0),
-    "token_logprobs_bwd": (1, 2),  # a gradient, or zeros
-    "token_logprobs_bwd kept": (0, 3),
-    "policy_loss_fwd dapo": (2, 2),
-    "policy_loss_fwd dapo+k3+entropy": (2, 2),
-    "policy_loss_fwd dapo+k3+entropy kept": (1, 3),
-    "policy_loss_fwd reinforce": (2, 2),
-    "reinforce_grad_fwd": (2, 2),
-    "scale_fwd": (1, 1),
-    # full statistics, top-k (threshold, ties), pool, top-p (threshold, ties), kept statistics, draw
-    "sample_fwd": (8, 0),
-    "support_fwd": (1, 0),
+# Sweeps of each kernel over a row, in order: elements read, elements written, and a budget of
+# instructions an element on sm_90 in bfloat16, a tenth above what was counted. An H200 issues 24 an
+# element in the millisecond that one read and one write of 8192 × 151936 take.
+SWEEPS = {
+    "token_logprobs_fwd": [(1, 0, 11.0)],
+    "token_logprobs_fwd entropy": [(1, 0, 15.0)],
+    "token_logprobs_fwd kept": [(1, 0, 15.0)],
+    "token_logprobs_bwd": [(1, 1, 7.5)],
+    "token_logprobs_bwd entropy": [(1, 1, 10.5)],
+    "group_statistics_fwd": [(1, 0, 11.0)],
+    "policy_loss_fwd dapo rows": [(1, 0, 11.0), (1, 1, 7.5)],
+    "policy_loss_fwd dapo split": [(1, 1, 7.5)],
+    "policy_loss_fwd dapo cooperative": [(1, 0, 11.0), (0, 1, 5.5)],
+    "policy_loss_fwd all rows": [(1, 0, 15.0), (1, 1, 10.5)],
+    "policy_loss_fwd all cooperative": [(1, 0, 15.0), (0, 1, 9.0)],
+    "policy_loss_fwd all kept": [(1, 0, 15.0)],
+    "policy_loss_fwd reinforce rows": [(1, 0, 11.0), (1, 1, 7.5)],
+    "scale_fwd": [(1, 1, 4.0)],
 }
+# The sampler reads tile by tile, a kept set is gathered: 16-byte loads are counted, not sweeps.
+# Of flat rows sample_fwd takes 8 bytes at a time; support_fwd reads half tiles, for ids or bits.
+TILES_READ = {"sample_tiles_fwd": 1, "sample_tiles_fwd allowed": 1, "sample_masses_fwd": 1}
+TILES_READ |= {"sample_fwd": 0, "sample_fwd exact": 0, "support_fwd": 1}
+TILES_READ |= {"token_logprobs_bwd kept": 0}
+TILES_READ |= {name: 4 * sum(s[0] for s in sweeps) for name, sweeps in SWEEPS.items()}
+
+# The same for a tile of the sampler. At 4.3 TB/s an H200 issues 14 for an element in bfloat16, so
+# that the one read costs what memory costs; the read of integer masses costs twice that.
+TRIPS = {"sample_tiles_fwd": 14.0, "sample_masses_fwd": 33.0}
 
 
 def child(*arguments):
@@ -86,18 +98,29 @@ def test_the_rest_of_the_grid_too(tmp_path, target, dtype):
 
 def check(entries, target, dtype):
     of_target = {e["kernel"]: e for e in entries if (e["target"], e["dtype"]) == (target, dtype)}
-    assert of_target.keys() == STREAMS.keys()
+    assert of_target.keys() == TILES_READ.keys()
+    size = {"fp32": 4, "bf16": 2}[dtype]
     # A tile is 4096 columns over 8 warps: so many 16-byte accesses a thread and stream.
     lanes = 64 if target.startswith("gfx") else 32
-    accesses = 4096 * {"fp32": 4, "bf16": 2}[dtype] // (8 * lanes * 16)
+    accesses = 4096 * size // (8 * lanes * 16)
     for name, entry in of_target.items():
-        reads, writes = STREAMS[name]
         assert entry["spills"] == 0, entry
-        # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency.
-        assert entry["registers"] <= 128, entry
+        # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency;
+        # a cooperative launch counts on it (schedule.RESIDENT), and is refused where it is wrong.
+        assert entry["registers"] <= (136 if target.startswith("gfx") else 128), entry
         assert entry["shared"] <= 48 << 10, entry
-        assert entry["loads"].get("128", 0) >= reads * accesses, entry
-        assert entry["stores"].get("128", 0) >= writes * accesses, entry
+        assert entry["loads"].get("128", 0) >= TILES_READ[name] * accesses, entry
+        # 70000 rows of 151936 columns are more than 2^31 elements.
+        assert entry["offset_bits"] == 64, entry
+        if target == "sm_90" and name in TRIPS:
+            assert 0 < entry["trip"] <= TRIPS[name], entry
+        if name in SWEEPS and not target.startswith("gfx"):
+            found, wanted = entry["sweeps"], SWEEPS[name]
+            traffic = [(s["read"], s["written"]) for s in found]
+            assert traffic == [(read * size, written * size) for read, written, _ in wanted], entry
+            if (target, dtype) == ("sm_90", "bf16"):
+                for sweep, (_, _, budget) in zip(found, wanted, strict=True):
+                    assert sweep["instructions"] <= budget, entry
 
 
 def test_the_widths_tell_an_unaligned_row(tmp_path):
@@ -109,3 +132,18 @@ def test_the_widths_tell_an_unaligned_row(tmp_path):
     for entry in json.loads(file.read_text())["kernels"]:
         assert "128" not in entry["loads"], entry
         assert "128" not in entry["stores"], entry
+        assert entry["sweeps"] == [], entry
+
+
+def test_a_product_of_32_bits_is_seen_in_an_offset():
+    from pyrlk.bench.static_report import row_offset_bits
+
+    ttir = """
+    %row = tt.get_program_id x : i32
+    %outer = arith.divsi %row, %inner : i32
+    %product = arith.muli %outer, %stride : i32
+    %offset = arith.extsi %product : i32 to i64
+    %z_ptr = tt.addptr %logits_ptr, %offset : !tt.ptr<bf16>, i64
+    """
+    assert row_offset_bits(ttir) == 32
+    assert row_offset_bits(ttir.replace("%product = arith.muli %outer, %stride : i32", "")) == 64

@@ -13,7 +13,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pyrlk import objective
-from pyrlk.triton_kernels import logprob, policy_loss, sample
+from pyrlk.triton_kernels import logprob, policy_loss, sample, schedule
 
 VOCAB = 4096 + 1
 
@@ -42,6 +42,9 @@ def compiled(monkeypatch):
         logprob.token_logprobs_bwd_kernel,
         policy_loss.policy_loss_fwd_kernel,
         policy_loss.scale_fwd_kernel,
+        schedule.group_statistics_fwd_kernel,
+        sample.sample_tiles_fwd_kernel,
+        sample.sample_fwd_kernel,
         sample.support_fwd_kernel,
     ]
     for kernel in kernels:
@@ -64,30 +67,45 @@ def step(length, temperature, eps):
     terms = objective.terms(objective.DAPO(eps_high=eps), kl_coef=eps, entropy_coef=eps)
     logprob.token_logprobs_fwd(logits, tokens, None, temperature, VOCAB, flat, flat, stats)
     logprob.token_logprobs_bwd(logits, tokens, kept, temperature, VOCAB, stats, flat, flat, logits)
-    policy_loss.policy_loss_fwd(
-        logits,
-        tokens,
-        kept,
-        flat,
-        flat,
-        flat,
-        flat,
-        temperature,
-        VOCAB,
-        terms,
-        flat,
-        flat,
-        flat,
-        logits,
-    )
+    for sets, kind in ((kept, None), (None, schedule.Schedule("split"))):
+        policy_loss.policy_loss_fwd(
+            logits,
+            tokens,
+            sets,
+            flat,
+            flat,
+            flat,
+            flat,
+            temperature,
+            VOCAB,
+            terms,
+            flat,
+            flat,
+            flat,
+            logits,
+            kind,
+        )
     policy_loss.scale_(logits, torch.empty(()))
-    number, offsets = torch.ones(2, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
-    bounds, status = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, dtype=torch.uint8)
-    sample.support_fwd(torch.empty(2, VOCAB), bounds, number, status, ids, offsets)
+    draw(length, flat, ids)
+
+
+def draw(rows, flat, ids):
+    # Rows are few or many, slices of per-row tensors start anywhere.
+    logits = torch.empty(rows, VOCAB, dtype=torch.bfloat16)
+    floats = flat[:rows]
+    integers = torch.zeros(rows + 1, dtype=torch.int64)[rows % 2 :][:rows]
+    kept, status = integers.to(torch.int32), integers.to(torch.uint8)
+    workspace = sample.sample_fwd(
+        logits, floats, integers, floats, floats, integers, integers, None, False, False, False,
+        integers, floats, floats, kept, status,
+    )  # fmt: skip
+    offsets = torch.empty(rows + 1, dtype=torch.int64)
+    sample.support_fwd(logits, None, workspace, kept, status, ids, offsets)
 
 
 def test_lengths_and_hyper_parameters_compile_nothing_twice(compiled):
     # 1 and multiples of 16 are the values that Triton likes to specialise on.
     for length in (1, 2, 15, 16, 17, 31, 48, 300):
         step(length, 1.0 / length, 0.01 + length / 2**20)
-    assert compiled() == [1, 1, 1, 1, 1]
+    # Of the loss one form for kept sets, one for split rows.
+    assert compiled() == [1, 1, 2, 1, 1, 1, 1, 1]

@@ -45,6 +45,8 @@ def small_tiles(monkeypatch):
     """Tiles of 64: rows of a few hundred columns then cross tiles, at a fraction of the time."""
     monkeypatch.setattr(row, "TILE", 64)
     monkeypatch.setattr(kept_sets, "TILE", 32)
+    for name, size in (("SPAN", 8), ("CHUNK", 32), ("CAPACITY", 48), ("MAX_TILES", 16)):
+        monkeypatch.setattr(sample, name, size)
 
 
 def nan(*shape):
@@ -122,7 +124,10 @@ def draw():
         min_p=0.0,
         seed=None,
         position=0,
+        allowed=None,
         joint=False,
+        keep_ties=False,
+        exact=True,
         capacity=None,
     ):
         rows = logits.shape[0]
@@ -138,13 +143,13 @@ def draw():
             full_logprob=torch.full((rows,), 9.0),
             kept=torch.full((rows,), -9, dtype=torch.int32),
             status=torch.full((rows,), 99, dtype=torch.uint8),
-            bounds=torch.full((rows, 2), -9, dtype=torch.int64),
             ids=torch.full(
                 (logits.numel() if capacity is None else capacity,), -9, dtype=torch.int32
             ),
             offsets=torch.full((rows + 1,), -9, dtype=torch.int64),
+            bits=torch.full((rows, -(-logits.shape[1] // 32)), -9, dtype=torch.int32),
         )
-        sample.sample_fwd(
+        workspace = sample.sample_fwd(
             logits,
             per_row(temperature, torch.float32),
             per_row(top_k, torch.int64),
@@ -152,18 +157,29 @@ def draw():
             per_row(min_p, torch.float32),
             torch.arange(rows) if seed is None else per_row(seed, torch.int64),
             per_row(position, torch.int64),
+            allowed,
             joint,
+            keep_ties,
+            exact,
             out.token,
             out.logprob,
             out.full_logprob,
             out.kept,
             out.status,
-            out.bounds,
         )
-        sample.support_fwd(logits, out.bounds, out.kept, out.status, out.ids, out.offsets)
+        sample.support_fwd(
+            logits, allowed, workspace, out.kept, out.status, out.ids, out.offsets, out.bits
+        )
+        out.listed = workspace.found[:, 2] >= 0
         out.mask = torch.zeros(rows, logits.shape[1], dtype=torch.bool)
         for r in range(rows):
-            if not out.status[r] & sample.OVERFLOW:
+            if out.status[r] & sample.OVERFLOW:
+                out.mask[r] = (
+                    out.bits[r].repeat_interleave(32)[: logits.shape[1]]
+                    >> (torch.arange(logits.shape[1]) % 32)
+                    & 1
+                )
+            else:
                 ids = out.ids[out.offsets[r] : out.offsets[r + 1]].long()
                 assert (ids.diff() > 0).all()
                 out.mask[r, ids] = True

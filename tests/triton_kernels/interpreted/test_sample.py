@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import pyrlk
 from pyrlk import reference
 from pyrlk.triton_kernels import sample
 
@@ -296,7 +297,7 @@ def test_a_full_support_buffer_overflows_by_row(draw):
     assert out.status.tolist() == [0, 0, sample.OVERFLOW, sample.OVERFLOW]
     assert out.ids[5] == -9
     assert out.kept.tolist() == [3, 2, 4, 1]
-    assert out.mask.sum(-1).tolist() == [3, 2, 0, 0]
+    assert out.mask.sum(-1).tolist() == [3, 2, 4, 1]  # as bits where the buffer has ended
 
 
 def test_min_p_floor_is_compared_in_float64(draw):
@@ -311,3 +312,165 @@ def test_min_p_floor_is_compared_in_float64(draw):
     logits = torch.full((1, 20), -5.0)
     logits[0, 0], logits[0, 7], logits[0, 9] = 1.0, float(lower), float(upper)
     assert draw(logits, min_p=0.3).mask.nonzero()[:, 1].tolist() == [0, 9]
+
+
+def same(a, b, rows=slice(None), other=slice(None)):
+    """Every output of some rows of two draws, bit for bit."""
+    names = ("token", "logprob", "full_logprob", "kept", "status", "mask")
+    bits = {name: (getattr(a, name)[rows], getattr(b, name)[other]) for name in names}
+    return all(x.numpy().tobytes() == y.numpy().tobytes() for x, y in bits.values())
+
+
+def pick(values, rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.tensor(values)[torch.randint(len(values), (rows,), generator=g)]
+
+
+def random_parameters(rows, vocab, seed):
+    """Every kind of filter, alone and together, at and beside its edges."""
+    return {
+        "temperature": pick([1e-6, 0.3, 1.0, 1.0, 1e3, 0.0], rows, seed),
+        "top_k": pick([0, 0, 1, 5, vocab - 1, vocab, vocab + 1, 40, 100], rows, seed + 1),
+        "top_p": pick([0.0, 0.25, 0.5, 0.9, 0.95, P_TOP, 1.0, 1.0], rows, seed + 2),
+        "min_p": pick([0.0, 0.0, 0.0, 0.05, 1.0], rows, seed + 3),
+    }
+
+
+def degenerate(vocab):
+    rows = adversarial(vocab).repeat(2, 1)
+    rows[7, vocab // 3] = NAN
+    rows[8, [1, vocab // 2]] = INF
+    rows[9] = -INF
+    rows[10] = torch.linspace(-1, 1, vocab) * 3e38
+    rows[11] = INF
+    return rows
+
+
+# Five tiles of 64: lists (48 candidates) and rows searched themselves, both often.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("ties", ["trim", "keep"])
+def test_token_and_kept_set_are_those_of_the_cpu(draw, dtype, joint, ties):
+    vocab = 300
+    logits = degenerate(vocab).clamp(-6e4 if dtype == torch.float16 else -3.4e38).to(dtype)
+    rows = len(logits)
+    logits[rows - 1] = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 9
+    options = random_parameters(rows, vocab, 10 * joint + (ties == "keep"))
+    seed = torch.arange(rows) * 7919
+    out = draw(logits, seed=seed, position=3, joint=joint, keep_ties=ties == "keep", **options)
+    order = "joint" if joint else "top_k_first"
+    cpu = pyrlk.sample(
+        logits, seed=seed, position=3, order=order, ties=ties, return_support=True, **options
+    )
+    assert torch.equal(out.status, cpu.status)
+    assert torch.equal(out.mask, cpu.support.to_mask(vocab))
+    assert torch.equal(out.token, cpu.token)
+    assert torch.equal(out.kept, cpu.kept)
+    torch.testing.assert_close(out.logprob, cpu.logprob, atol=2e-6, rtol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        out.full_logprob, cpu.full_logprob, atol=2e-6, rtol=1e-6, equal_nan=True
+    )
+
+
+def test_flat_rows_are_searched_themselves(draw, score):
+    # More candidates than a list holds, and more ties than that: by mass, by number, by both.
+    vocab = 300
+    g = torch.Generator().manual_seed(11)
+    flat = torch.randn(vocab, generator=g) * 0.3
+    ties = (torch.arange(vocab) % 5 == 0).float()
+    logits = torch.stack([flat, flat, flat, ties, ties, -flat.abs()])
+    options = {
+        "top_p": torch.tensor([0.9, 1.0, 0.8, 0.7, 1.0, 0.99]),
+        "top_k": torch.tensor([0, 200, 150, 0, 130, 0]),
+    }
+    out = draw(logits, **options)
+    assert not out.listed.any()
+    assert torch.equal(out.mask, reference.kept_mask(logits, **options))
+    kept = (out.ids, out.offsets)
+    assert torch.equal(out.logprob, score(logits, out.token, kept=kept).logprob)
+    assert torch.equal(out.full_logprob, score(logits, out.token).logprob)
+
+
+def test_the_float_mass_decides_as_the_exact_one(draw):
+    # Rows no boundary or draw of which lies within 2^-20 of an edge: there the two may differ.
+    vocab, rows = 300, 6
+    g = torch.Generator().manual_seed(12)
+    spread = torch.tensor([0.1, 9.0, 2.0, 4.0, 1.0, 0.1])
+    logits = torch.randn(rows, vocab, generator=g) * spread[:, None]
+    options = {
+        "top_p": torch.tensor([0.9, 0.95, 0.9, 1.0, 1.0, 0.5]),
+        "top_k": torch.tensor([0, 0, 120, 0, 20, 0]),
+        "temperature": torch.tensor([0.7, 1.0, 1.3, 1.0, 1.0, 1.0]),
+    }
+    fast = draw(logits, exact=False, **options)
+    truth = reference.sample(logits, seed=torch.arange(rows), **options)
+    z = logits.double() / options["temperature"].double()[:, None]
+    share = torch.where(truth.mask, z, -INF).softmax(-1).cumsum(-1)
+    u = torch.tensor([reference.uniform_bits(seed, 0) / 2.0**64 for seed in range(rows)])
+    assert ((share - u[:, None]).abs() > 2.0**-20).all()
+    pool = torch.where(reference.kept_mask(logits, **options | {"top_p": 1.0}), z, -INF)
+    reached = pool.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    edge = (reached - options["top_p"][:, None]).abs() < 2.0**-20
+    assert not edge[options["top_p"] < 1].any()
+    assert torch.equal(fast.mask, truth.mask)
+    assert torch.equal(fast.token, truth.token)
+    assert fast.listed.tolist() == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_row_has_the_same_bits_in_any_batch_slot_and_split(draw, exact, monkeypatch):
+    vocab = 300
+    g = torch.Generator().manual_seed(13)
+    logits = torch.randn(5, vocab, generator=g) * torch.tensor([0.1, 1, 3, 9, 0.5])[:, None]
+    options = {
+        "top_p": torch.tensor([0.9, 0.9, 1.0, 0.95, 1.0]),
+        "top_k": torch.tensor([0, 30, 5, 0, 0]),
+        "seed": torch.arange(5) * 3 + 1,
+        "position": torch.arange(5),
+    }
+    together = draw(logits, exact=exact, **options)
+    monkeypatch.setattr(sample, "_PROGRAMS", 1)  # one program takes all tiles of a row
+    turned = torch.tensor([3, 4, 0, 1, 2])
+    other = draw(logits[turned], exact=exact, **{k: v[turned] for k, v in options.items()})
+    assert same(together, other, turned)
+    alone = draw(logits[1:2], exact=exact, **{k: v[1:2] for k, v in options.items()})
+    assert same(together, alone, slice(1, 2))
+
+
+def test_a_poisoned_row_leaves_its_neighbours_alone(draw):
+    vocab = 200
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(14))
+    options = {"top_p": 0.9, "seed": torch.arange(3)}
+    clean = draw(logits, **options)
+    for poison in (NAN, INF, -INF):
+        bad = logits.clone()
+        bad[1] = poison
+        out = draw(bad, **options)
+        assert same(out, clean, [0, 2], [0, 2])
+        assert out.status[1] != 0
+    temperature = torch.tensor([1.0, -1.0, 1.0])
+    assert same(draw(logits, temperature=temperature, **options), clean, [0, 2], [0, 2])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_forbidden_tokens_are_minus_infinity(draw, exact):
+    # Words of 32 tokens that end beyond the row, all forbidden in one row; a forbidden NaN is none.
+    vocab = 170
+    g = torch.Generator().manual_seed(15)
+    logits = torch.randn(4, vocab, generator=g)
+    may = torch.rand(4, vocab, generator=g) < 0.4
+    may[3] = False
+    may[2, 1:] = False
+    may[:3, 0] = True
+    logits[1, ~may[1]] = NAN
+    weights = 1 << torch.arange(32)
+    padded = torch.nn.functional.pad(may, (0, -vocab % 32)).unflatten(1, (-1, 32))
+    words = (padded * weights).sum(-1)
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    masked = torch.where(may, logits, -INF)
+    options = {"top_p": torch.tensor([1.0, 0.8, 1.0, 0.9]), "exact": exact, "capacity": 60}
+    out = draw(logits, allowed=words, **options)
+    assert same(out, draw(masked, **options))
+    assert (out.status & sample.EMPTY).bool().tolist() == [False, False, False, True]
+    assert out.kept[0] == may[0].sum()
+    assert not (out.mask & ~may).any()

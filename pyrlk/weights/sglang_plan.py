@@ -1,0 +1,427 @@
+"""Plan mode: one request wakes our loader in every worker; bytes and answers take our own socket.
+
+    POST /update_weights_from_tensor (control payload)  ──▶  load() in each rank
+    ATTACH of all ranks → BEGIN → CHECKED of all
+    per bucket: pack once → BUCKET → ACK of all
+    APPLIED of all
+
+No rank copies a byte before every rank has said CHECKED. The staging ring is the one of `Local`; a
+slot is free again when the last rank has read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from . import layout as layouts
+from . import manifest, memory, sglang_payload, wire
+from .errors import (
+    ApplyFailed,
+    MissingName,
+    PeerLost,
+    ProtocolError,
+    Timeout,
+    UpdateError,
+)
+from .publisher import Clock, Outcome, Plan
+from .sglang import ServerSession, SGLang
+from .sglang_loader import Payload
+from .sglang_server import LOADER, Info, Server
+from .wire import Frame, Type
+
+
+class PlanSession(ServerSession):
+    """The loader in each worker, through a socket of ours."""
+
+    mode = "plan"
+    engine_checks = True
+
+    def __init__(self, target: SGLang, server: Server, info: Info, timeout: float):
+        super().__init__(target, server, info)
+        # The loader runs on the scheduler's thread: its waits end before the server's watchdog.
+        self._timeout = min(timeout, 0.5 * info.watchdog)
+        self._folder = tempfile.mkdtemp(prefix="pyrlk-")
+        self._path = os.path.join(self._folder, "plan.sock")
+        self._listener = wire.listen(self._path)
+        self._links: list[_Link] = []
+        self._post: _Post | None = None
+        self._ring = memory.Ring([])
+        self._device = torch.device("cpu")
+        self._reading: dict[int, set[_Link]] = {}
+        self._transaction = 0
+
+    def _opened(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+        """Wake the loaders and let each rank judge the manifest."""
+        nonce = secrets.token_bytes(16)
+        self._transaction += 1
+        self._post = _Post(self._server, self._payloads(nonce), self._selector, self._info.watchdog)
+        try:
+            self._gather(nonce)
+            begin = wire.Begin(version, partial, verify, layout.digest, 0)
+            for link in self._links:
+                link.begin(begin, layout, self._transaction, self._deadline())
+            self._collect(Type.CHECKED)
+            self._judge(layout, partial)
+        except BaseException:
+            self._hang_up()
+            raise
+
+    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
+        """Slots that are large enough, on the right device, open in every rank."""
+        with self._undoing(self._previous):
+            try:
+                self._stage(layout, device, buffers)
+            except BaseException:
+                self._hang_up()
+                raise
+
+    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
+        threads = torch.get_num_threads()
+        try:
+            with self._undoing(self._previous):
+                for bucket, copies in enumerate(plan.copies):
+                    slot = self._free_slot()
+                    clock.lap("load")
+                    slot.fill()
+                    sums = slot.segment.pack(copies, checksum=verify, threads=threads)
+                    slot.segment.finish()
+                    slot.ready()
+                    clock.lap("pack")
+                    body = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums)).encode()
+                    self._reading[slot.index] = set(self._links)
+                    self.handed_over = True
+                    for link in self._links:
+                        self._send(link, Type.BUCKET, body)
+                    clock.lap("hand-over")
+                self._collect(Type.APPLIED)
+                clock.lap("load")
+                assert self._post is not None
+                self._post.join(self._timeout)
+                clock.lap("hand-over")
+                self._finish()
+        except BaseException:
+            self._hang_up()
+            raise
+        clock.lap("finish")
+        applied = [link.applied for link in self._links if link.applied is not None]
+        return wire.Applied(
+            self._version,
+            max((a.verify_seconds for a in applied), default=0.0),
+            max((a.copy_seconds for a in applied), default=0.0),
+        )
+
+    def outcome(self, layout: layouts.Layout) -> Outcome:
+        assert self._sent is not None
+        names = [entry.name for entry in self._sent[2].entries]
+        fallback: dict[str, str] = {}
+        for link in self._links:
+            for name, code in zip(names, link.status, strict=False):
+                if code >= wire.Status.FALLBACK:
+                    reason = link.reasons.get(code, "load_weights")
+                    fallback.setdefault(name, reason)
+        return Outcome(
+            mode=self.mode,
+            names_from=self._names().source,
+            tensors=len(names),
+            planned=len(names) - len(fallback),
+            fallback=fallback,
+        )
+
+    def close(self) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        self._hang_up()
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            wire.unlink(self._path)
+            os.rmdir(self._folder)
+        super().abandon()
+
+    def _restarted(self, info: Info) -> None:
+        super()._restarted(info)
+        self._hang_up()
+
+    def _payloads(self, nonce: bytes) -> list[str]:
+        return [
+            sglang_payload.control_payload(Payload(rank, self._timeout, nonce, self._path).encode())
+            for rank in range(self._info.tp_size)
+        ]
+
+    def _gather(self, nonce: bytes) -> None:
+        """ATTACH of every rank, on a kept connection or a new one."""
+        waiting = list(self._links)
+        attached: list[_Link] = []
+        wanted = self._info.tp_size * self._info.pp_size
+        deadline = self._deadline()
+        while len(attached) < wanted:
+            for link in self._ready(waiting, deadline, f"{len(attached)} of {wanted} ranks"):
+                if link is None:
+                    sock, _ = self._listener.accept()
+                    waiting.append(_Link(wire.Channel(sock)))
+                    continue
+                try:
+                    frame = link.channel.recv(0.0)
+                except PeerLost:
+                    waiting.remove(link)  # of the update before; the rank comes again
+                    link.channel.close()
+                    continue
+                attach = wire.Attach.decode(wire.accept(frame, Type.ATTACH, frame.transaction).body)
+                waiting.remove(link)
+                if attach.nonce != nonce:
+                    link.channel.close()
+                    continue
+                link.rank = attach.rank
+                attached.append(link)
+        for link in waiting:
+            link.channel.close()
+        self._links = sorted(attached, key=lambda link: link.rank)
+
+    def _judge(self, layout: layouts.Layout, partial: bool) -> None:
+        """Names, where only the engine knows them: read by some rank, and nothing left out."""
+        if self._names().source != "engine":
+            return
+        unread = [
+            entry.name
+            for index, entry in enumerate(layout.entries)
+            if entry.nbytes
+            and all(link.status[index] == wire.Status.UNREAD for link in self._links)
+        ]
+        if unread:
+            raise manifest.unread(unread)
+        missing = [link.reasons[0] for link in self._links if 0 in link.reasons]
+        if missing and not partial:
+            raise MissingName(
+                f"nothing in the update is written to {missing[0]} of the engine's parameters: "
+                "send all, or pass partial=True to keep those weights"
+            )
+
+    def _stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
+        wanted = min(buffers, len(layout.buckets))
+        slots = self._ring.slots
+        large = all(slot.segment.nbytes >= layout.slot_bytes for slot in slots)
+        if len(slots) < wanted or not large or (device != self._device and wanted):
+            nbytes = max([layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
+            # The importers close before the exporter frees.
+            for link in self._links:
+                link.retire(self._transaction, self._deadline())
+            self._ring.close()
+            self._device = device
+            segments: list[memory.Segment] = []
+            try:
+                for _ in range(max(wanted, len(slots))):
+                    segments.append(memory.create(device, nbytes))
+            finally:
+                self._ring = memory.Ring(segments)
+        for link in self._links:
+            link.open(self._ring, self._transaction, self._deadline())
+
+    def _free_slot(self) -> memory.Slot:
+        while True:
+            slot = self._ring.free_slot()
+            if slot is not None:
+                return slot
+            for link in self._ready(self._links, self._deadline(), "a free slot"):
+                if link is not None:
+                    self._take(link, link.channel.recv(0.0), None)
+
+    def _collect(self, kind: Type) -> None:
+        """Wait until every rank has sent `kind`; the first error of a rank is raised."""
+        left = set(self._links)
+        errors: list[UpdateError] = []
+        while left:
+            for link in self._ready(left, self._deadline(), kind.name):
+                if link is None:
+                    continue
+                try:
+                    if self._take(link, link.channel.recv(0.0), kind):
+                        left.discard(link)
+                except UpdateError as error:
+                    # The others are heard out: none is left in the middle of a copy.
+                    errors.append(error)
+                    left.discard(link)
+        if errors:
+            raise errors[0]
+
+    def _take(self, link: _Link, frame: Frame, kind: Type | None) -> bool:
+        """Handle one frame of a rank; True if it is the one that is waited for."""
+        if frame.type is Type.STATUS:
+            link.note_status(wire.Status.decode(frame.body))
+        elif frame.type is Type.REASON:
+            reason = wire.Reason.decode(frame.body)
+            link.reasons[reason.number] = reason.text
+        elif frame.type is Type.ACK:
+            ack = wire.Ack.decode(wire.accept(frame, Type.ACK, self._transaction).body)
+            readers = self._reading.get(ack.slot)
+            if readers is None or link not in readers:
+                raise ProtocolError(f"rank {link.rank} acknowledged slot {ack.slot}: never sent")
+            readers.discard(link)
+            if not readers:
+                self._ring.ack(ack.slot, ack.generation)
+        else:
+            wanted = kind if kind is not None else Type.ACK
+            try:
+                wire.accept(frame, wanted, self._transaction)
+            except UpdateError as error:
+                error.args = (f"rank {link.rank}: {error}",)
+                raise
+            if wanted is Type.APPLIED:
+                link.applied = wire.Applied.decode(frame.body)
+            return True
+        return False
+
+    def _ready(
+        self, links: list[_Link] | set[_Link], deadline: float, what: str
+    ) -> list[_Link | None]:
+        """Links with something to read, and None where a rank wants to connect."""
+        poller = select.poll()
+        owners: dict[int, _Link] = {}
+        for link in links:
+            for fd in link.channel.watched():
+                owners[fd] = link
+                poller.register(fd, select.POLLIN)
+        poller.register(self._listener, select.POLLIN)
+        assert self._post is not None
+        poller.register(self._post.done, select.POLLIN)
+        left = deadline - time.monotonic()
+        ready = {fd for fd, _ in poller.poll(max(0.0, left) * 1000)}
+        if not ready:
+            raise Timeout(f"{self._server.url}: no {what} within {self._timeout:g} s")
+        out: list[_Link | None] = list(dict.fromkeys(owners[fd] for fd in ready & owners.keys()))
+        if self._listener.fileno() in ready:
+            out.append(None)
+        if not out:
+            # The request has ended, and nobody has anything more to say.
+            self._post.join(0.0)
+            raise ApplyFailed(
+                f"{self._server.url} answered, but {LOADER} was not heard of: {what} is missing. "
+                "Is this the machine, the user and the mount namespace of the server?"
+            )
+        return out
+
+    def _send(self, link: _Link, kind: Type, body: bytes) -> None:
+        link.channel.send(Frame(kind, self._transaction, body), self._deadline())
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout
+
+    def _hang_up(self) -> None:
+        """Drop all connections: a loader that waits gives up at once, and its request ends."""
+        if self._device.type == "cuda" and self._links:
+            _LEAKED.append(self._ring)  # a rank may have it open; it is freed with the process
+        else:
+            self._ring.close()
+        for link in self._links:
+            link.channel.close()
+        self._links = []
+        self._ring = memory.Ring([])
+        if self._post is not None:
+            with contextlib.suppress(UpdateError):
+                self._post.join(self._timeout)
+            self._post = None
+
+
+_LEAKED: list[memory.Ring] = []
+
+
+@dataclass(eq=False)
+class _Link:
+    """One rank."""
+
+    channel: wire.Channel
+    rank: int = -1
+    status: bytearray = field(default_factory=bytearray)
+    reasons: dict[int, str] = field(default_factory=dict)
+    applied: wire.Applied | None = None
+    _digest: bytes = b""
+    _opened: list[bytes] = field(default_factory=list)  # ids of the segments it has open
+    _greeted: bool = False
+
+    def begin(
+        self, begin: wire.Begin, layout: layouts.Layout, transaction: int, deadline: float
+    ) -> None:
+        """HELLO on a new connection, and BEGIN, with the manifest where it is new."""
+        if not self._greeted:
+            hello = wire.Hello(secrets.token_bytes(16))
+            self.channel.send(Frame(Type.HELLO, 0, hello.encode()), deadline)
+            wire.Welcome.decode(wire.accept(self.channel.recv(deadline), Type.WELCOME, 0).body)
+            self._greeted = True
+        self.status = bytearray(len(layout.entries))
+        self.reasons = {}
+        self.applied = None
+        fds = []
+        count = 0
+        if self._digest != layout.digest:
+            count = len(layout.encoded)
+            fds = [wire.manifest_fd(layout.encoded)]
+        message = wire.Begin(begin.version, begin.partial, begin.verify, begin.digest, count)
+        try:
+            self.channel.send(Frame(Type.BEGIN, transaction, message.encode(), fds), deadline)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._digest = layout.digest
+
+    def note_status(self, status: wire.Status) -> None:
+        end = status.first + len(status.codes)
+        if end > len(self.status):
+            raise ProtocolError(f"STATUS of {end} tensors, sent {len(self.status)}")
+        self.status[status.first : end] = status.codes
+
+    def retire(self, transaction: int, deadline: float) -> None:
+        if self._opened:
+            self.channel.send(Frame(Type.RETIRE, transaction), deadline)
+            wire.accept(self.channel.recv(deadline), Type.RETIRED, transaction)
+            self._opened.clear()
+
+    def open(self, ring: memory.Ring, transaction: int, deadline: float) -> None:
+        for slot in ring.slots[len(self._opened) :]:
+            segment = slot.segment
+            info = wire.SegmentInfo(slot.index, segment.handle)
+            fds = [] if segment.fd is None else [segment.fd]
+            frame = Frame(Type.SEGMENT, transaction, info.encode(), fds)
+            self.channel.send(frame, deadline)
+            wire.accept(self.channel.recv(deadline), Type.OPENED, transaction)
+            self._opened.append(segment.handle.id)
+
+
+class _Post:
+    """The one request, in a thread of its own; it returns when every rank's load() has."""
+
+    def __init__(self, server: Server, payloads: list[str], selector: str, timeout: float):
+        self._server = Server(server.url, server.http.api_key, timeout)
+        self._server.sessions = server.sessions
+        self._error: UpdateError | None = None
+        self.done, self._write = socket.socketpair()
+        self._thread = threading.Thread(
+            target=self._run, args=(payloads, selector), name="pyrlk-post", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, payloads: list[str], selector: str) -> None:
+        try:
+            self._server.update(payloads, LOADER, selector)
+        except UpdateError as error:
+            self._error = error
+        finally:
+            self._server.close()
+            self._write.close()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the answer; its error is raised."""
+        self._thread.join(timeout if timeout else None)
+        if self._thread.is_alive():
+            raise Timeout(f"{self._server.url} did not end the update within {timeout:g} s")
+        self.done.close()
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,163 @@
+"""What a publisher sees of SGLang, in this process: its endpoints, its rules, and its workers.
+
+A worker is a model with load_weights; in plan mode each rank calls our loader, in its own thread.
+`calls` holds the steps in their order. `fail[path] = status` makes an endpoint fail.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.reduction import ForkingPickler
+
+from torch import nn
+
+from pyrlk.weights import sglang_loader
+from pyrlk.weights.sglang_server import LOADER
+
+
+class FakeSGLang:
+    def __init__(self, *workers: nn.Module, sessions=True, api_key=None, **info):
+        self.workers = workers
+        self.sessions = sessions
+        self.api_key = api_key
+        self.info = {
+            "tp_size": len(workers),
+            "pp_size": 1,
+            "dp_size": 1,
+            "model_path": "",
+            "dtype": "float32",
+            "custom_weight_loader": [LOADER],
+            "startup_time": {"load_weight": 0.25},
+            "watchdog_timeout": 60,
+            **info,
+        }
+        self.version = "default"
+        self.paused = False
+        self.open = False
+        self.flushes_refused = 0
+        self.calls: list[str] = []
+        self.fail: dict[str, int] = {}
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, path, body):
+        """(status, body) of a request."""
+        if path == "/server_info":
+            return 200, self.info
+        if path == "/model_info":
+            return 200, {"weight_version": self.version}
+        self.calls.append(path.strip("/"))
+        if path in self.fail:
+            return self.fail[path], {"success": False, "message": "made to fail"}
+        if not self.sessions and path in (
+            "/begin_weight_update",
+            "/end_weight_update",
+            "/update_weight_version",
+        ):
+            return 404, {"detail": "Not Found"}
+        return getattr(self, path.strip("/"))(body)
+
+    def pause_generation(self, body):
+        assert body["mode"] in ("abort", "retract", "in_place")
+        self.paused = True
+        return 200, {"status": "ok"}
+
+    def continue_generation(self, body):
+        self.paused = False
+        return 200, {"status": "ok"}
+
+    def flush_cache(self, body):
+        self.flushes_refused -= 1
+        return (400, "busy") if self.flushes_refused >= 0 else (200, "Cache flushed.")
+
+    def update_weight_version(self, body):
+        assert body["abort_all_requests"] is False
+        self.version = body["new_version"]
+        self.calls[-1] += f" {self.version}"
+        return 200, {"success": True}
+
+    def begin_weight_update(self, body):
+        if self.open:
+            return 400, {"success": False, "message": "a session is already open; end it first"}
+        self.open = True
+        return 200, {"success": True}
+
+    def end_weight_update(self, body):
+        if not self.open:
+            return 400, {"success": False, "message": "no weight-update session is open"}
+        self.open = False
+        return 200, {"success": True}
+
+    def update_weights_from_tensor(self, body):
+        payloads = body["serialized_named_tensors"]
+        # The real one dies of this.
+        assert len(payloads) == len(self.workers), "wrong number of payloads"
+        if not self.open and self.sessions:
+            return 400, {"success": False, "message": "must run between begin and end"}
+        assert body["flush_cache"] is False
+        threads = [
+            threading.Thread(target=self._work, args=(worker, payload, body["load_format"]))
+            for worker, payload in zip(self.workers, payloads, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if body.get("weight_version") is not None:
+            self.version = body["weight_version"]
+        return 200, {"success": True, "message": "Success"}
+
+    def _work(self, worker, payload, load_format):
+        value = ForkingPickler.loads(base64.b64decode(payload))
+        if load_format == "flattened_bucket":
+            flat = value["flattened_tensor"]
+            worker.load_weights(
+                [
+                    (m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape))
+                    for m in value["metadata"]
+                ]
+            )
+        else:
+            assert load_format == LOADER
+            sglang_loader.load(worker, value)
+
+    def _handler(self):
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                raw = self.rfile.read(length)
+                wanted = fake.api_key and f"Bearer {fake.api_key}"
+                if wanted and self.headers.get("Authorization") != wanted:
+                    status, body = 401, {"error": "Unauthorized"}
+                else:
+                    status, body = fake.answer(self.path, json.loads(raw) if raw else {})
+                data = (body if isinstance(body, str) else json.dumps(body)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = handle_any
+
+            def log_message(self, *args):
+                pass
+
+        return Handler
