@@ -32,6 +32,7 @@ class Engine(Protocol):
     """Where a receiver puts tensors."""
 
     names_from: str
+    sums_copies: bool  # what went into the engine is compared with the sums too
 
     def check(self, layout: Layout, partial: bool) -> None: ...
     def apply(

@@ -74,6 +74,7 @@ class State(enum.Enum):
     """How far a connection has come, as each side sees it: named by the last frame."""
 
     CONNECTED = "nothing was said yet"
+    ATTACHED = "a loader has called; it is one of the publisher's ranks"
     GREETING = "HELLO is under way"
     GREETED = "the receiver has named itself; between updates"
     JUDGING = "BEGIN is under way: names, shapes, dtypes, version"
@@ -86,11 +87,13 @@ class State(enum.Enum):
     COPIED = "a bucket is in the engine"
     APPLIED = "the version is the new one"
     REFUSED = "the update is off"
+    REPORTING = "a loader says what it did with which tensor"
     CLOSING = "the publisher takes its leave"
     CLOSED = "nothing is left"
 
 
 _STATE_AFTER = {
+    Type.ATTACH: State.ATTACHED,
     Type.HELLO: State.GREETING,
     Type.WELCOME: State.GREETED,
     Type.SEGMENT: State.OPENING,
@@ -103,6 +106,8 @@ _STATE_AFTER = {
     Type.ACK: State.COPIED,
     Type.APPLIED: State.APPLIED,
     Type.FAILED: State.REFUSED,
+    Type.STATUS: State.REPORTING,
+    Type.REASON: State.REPORTING,
     Type.CLOSE: State.CLOSING,
     Type.CLOSED: State.CLOSED,
 }

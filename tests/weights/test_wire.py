@@ -199,3 +199,9 @@ def test_a_manifest_that_could_change_is_refused():
     with pytest.raises(ProtocolError, match="4 bytes of 5"):
         wire.read_manifest(fd, 5)
     os.close(fd)
+
+
+def test_every_frame_leads_to_a_state():
+    assert set(wire._STATE_AFTER) == set(Type)
+    reached = {wire.State.CONNECTED, *wire._STATE_AFTER.values()}
+    assert reached == set(wire.State)
