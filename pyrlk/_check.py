@@ -81,23 +81,23 @@ def flag(name: str, x) -> bool:
     return x
 
 
-def rows(x, name: str, width: str) -> Tensor:
-    """[..., width] with width ≥ 1 in a dtype of the kernels; float64 on CPU only."""
+def rows(x, name: str, width: str, least: int = 1) -> Tensor:
+    """[..., width] with width ≥ least in a dtype of the kernels; float64 on CPU only."""
     x = tensor(name, x)
     allowed = (*LOGITS_DTYPES, torch.float64) if x.device.type == "cpu" else LOGITS_DTYPES
     if x.dtype not in allowed:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be {wanted} on {x.device.type}, got {x.dtype}")
-    if x.dim() < 1 or x.shape[-1] < 1:
+    if x.dim() < 1 or x.shape[-1] < least:
         raise ValueError(
-            f"{name} must have shape [..., {width}] with {width} ≥ 1, got {list(x.shape)}"
+            f"{name} must have shape [..., {width}] with {width} ≥ {least}, got {list(x.shape)}"
         )
     return x
 
 
-def logits(x, name: str = "logits") -> Tensor:
-    """Logits [..., V] with V ≥ 1, last stride 1, and rows that two strides address."""
-    x = rows(x, name, "V")
+def logits(x, name: str = "logits", *, sharded: bool = False) -> Tensor:
+    """Logits [..., V], last stride 1, and rows that two strides address; V ≥ 1 but for a shard."""
+    x = rows(x, name, "V", 0 if sharded else 1)
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} must have stride 1 in its last dimension, got strides {list(x.stride())}; "
@@ -277,9 +277,9 @@ def normalizer_value(x: Tensor | None) -> None:
         raise ValueError(f"normalizer must be finite and > 0, got {x.item()}")
 
 
-def bad_token(at: int, tokens: Tensor, vocab: int) -> None:
+def bad_token(at: int, tokens: Tensor, vocab: int, prefix: str = "") -> None:
     """Turns a kernel's answer (first bad index, or −1) into an error."""
     if at >= 0:
         token = int(tokens.reshape(-1)[at])
         where = "its support" if 0 <= token < vocab else f"[0, {vocab})"
-        raise ValueError(f"tokens[{at}] = {token} is outside {where}")
+        raise ValueError(f"{prefix}tokens[{at}] = {token} is outside {where}")

@@ -29,17 +29,18 @@ class Settings(NamedTuple):
     chunk: int
 
 
-def checked(hidden, weight, bias, softcap, logits_dtype, chunk) -> Settings:
+def checked(hidden, weight, bias, softcap, logits_dtype, chunk, sharded=False) -> Settings:
     _check.rows(hidden, "hidden", "H")
     dtype, width = hidden.dtype, hidden.shape[-1]
     _check.like("weight", weight, hidden, "hidden")
     if weight.dtype != dtype:
         raise TypeError(f"weight must be {dtype} like hidden, got {weight.dtype}")
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width:
+    least = 0 if sharded else 1
+    if weight.dim() != 2 or weight.shape[0] < least or weight.shape[1] != width:
         raise ValueError(
-            f"weight must have shape [V, {width}] with V ≥ 1, got {list(weight.shape)}"
+            f"weight must have shape [V, {width}] with V ≥ {least}, got {list(weight.shape)}"
         )
-    if 1 not in weight.stride():
+    if 1 not in weight.stride() and weight.numel():
         raise ValueError(
             f"weight must have stride 1 in one dimension, got strides {list(weight.stride())}; "
             "use weight.contiguous()"
@@ -206,7 +207,7 @@ def chunk_rows(chunk: int, count: int, row_bytes: int, cuda: bool) -> int:
     if cuda:
         most = 4096 if 4096 * row_bytes <= 3 << 29 else 2048
     else:
-        most = min(4096, max(64, (256 << 20) // row_bytes))
+        most = min(4096, max(64, (256 << 20) // max(1, row_bytes)))
     even = -(-count // max(1, -(-count // most)))
     return -(-even // 128) * 128 if cuda else max(1, even)
 
@@ -251,7 +252,7 @@ def _addmm_widens(dtype: torch.dtype, device: torch.device) -> bool:
 
 def blocks(x: Tensor) -> int:
     """Rows whose float32 copy stays in cache, or is small beside a chunk."""
-    return max(1, ((64 << 20) if x.is_cuda else (4 << 20)) // (4 * x.shape[1]))
+    return max(1, ((64 << 20) if x.is_cuda else (4 << 20)) // (4 * max(1, x.shape[1])))
 
 
 def _softcap_(z: Tensor, c: float) -> None:

@@ -21,9 +21,12 @@ from . import _check, _head, _op, _plan, loss
 from . import support as _support
 from ._head import Head, Settings
 from ._plan import Inputs, Options, PerToken, PolicyStats
+from ._rows import Actions, Rows, check_tokens
 from .from_logprobs import two_launches
-from .logprob import Rows, gradient, statistics
+from .logprob import gradient, statistics
 from .objective import DAPO, TIS, Objective
+from .parallel import vocab as _vocab
+from .parallel.vocab import Shard
 from .support import Support
 
 
@@ -56,9 +59,13 @@ def linear_token_logprobs(
         z = softcap·tanh(z / softcap), after the bias and before the temperature.
     logits_dtype : torch.dtype, optional
         None: the dtype of hidden. torch.float32: logits of 16-bit operands are not rounded.
-    temperature, support, vocab_size, return_entropy, group
+    temperature, support, vocab_size, return_entropy
         As in `token_logprobs`; rows of weight from vocab_size on are not read. The logits of a
         chunk are computed for the whole vocabulary also where a support keeps few of them.
+    group : torch.distributed.ProcessGroup, optional
+        The vocabulary is sharded over its ranks, as in `token_logprobs`: weight [V_local, H] and
+        bias [V_local]; hidden is the same on every rank, and so is ∂hidden, which backward sums
+        over the ranks. A DTensor weight sharded on the vocabulary names its own group.
     chunk : int ≥ 1, optional
         Rows at a time. By default 2048 to 4096 on CUDA, on CPU what 256 MiB of logits hold, and
         evenly split. A number on CUDA also fixes the shape of every product, the last one padded.
@@ -73,17 +80,18 @@ def linear_token_logprobs(
         Naming the argument. A token outside [0, V), or outside its support, is a ValueError with
         its index on CPU, NaN on CUDA.
     """
-    settings = _head.checked(hidden, weight, bias, softcap, logits_dtype, chunk)
+    leaves, shard = _leaves(hidden, weight, bias, group)
+    settings = _head.checked(*leaves, softcap, logits_dtype, chunk, shard.sharded)
+    hidden, weight, bias = leaves
     shape = hidden.shape[:-1]
     tokens = _check.tokens(tokens, hidden, shape, "hidden")
     number, per_token = _check.temperature(temperature, hidden, shape, "hidden")
-    vocab = _check.vocab_size(vocab_size, weight, 0)
+    vocab = _vocab.vocab_size(vocab_size, weight, 0, shard)
     with_entropy = _check.flag("return_entropy", return_entropy)
-    _check.no_group(group)
     kept = _support.check(support, hidden, shape, "hidden")
     rows = Rows(tokens, *kept, number, per_token, vocab)
-    out = _linear_logprobs(hidden, weight, bias, *rows, *settings, with_entropy)
-    return out if with_entropy else out[0]
+    out = _linear_logprobs(hidden, weight, bias, *rows, *shard, *settings, with_entropy)
+    return out[:2] if with_entropy else out[0]
 
 
 def linear_policy_loss(
@@ -124,7 +132,7 @@ def linear_policy_loss(
 
     Parameters
     ----------
-    hidden, weight, bias, softcap, logits_dtype, chunk
+    hidden, weight, bias, softcap, logits_dtype, group, chunk
         As in `linear_token_logprobs`.
     tokens, old_logprobs, advantages, mask, objective and all others
         As in `policy_loss`, with the leading shape of hidden. inplace must be False: there are no
@@ -147,7 +155,9 @@ def linear_policy_loss(
     statistics need them. On CUDA this reads one count from the device, the call's one
     synchronisation; under CUDA-graph capture all rows are computed instead.
     """
-    settings = _head.checked(hidden, weight, bias, softcap, logits_dtype, chunk)
+    leaves, shard = _leaves(hidden, weight, bias, group)
+    settings = _head.checked(*leaves, softcap, logits_dtype, chunk, shard.sharded)
+    hidden, weight, bias = leaves
     shape = hidden.shape[:-1]
     tokens = _check.tokens(tokens, hidden, shape, "hidden")
     options = _plan.checked(
@@ -172,21 +182,19 @@ def linear_policy_loss(
         "hidden",
     )
     tau = _check.temperature(temperature, hidden, shape, "hidden")
-    vocab = _check.vocab_size(vocab_size, weight, 0)
+    vocab = _vocab.vocab_size(vocab_size, weight, 0, shard)
     kept = _support.check(support, hidden, shape, "hidden")
-    _check.no_group(group)
     if _check.flag("inplace", inplace):
         raise ValueError("inplace must be False: linear_policy_loss holds no logits to overwrite")
 
-    if not _plan.one_launch(options):
+    if shard.sharded or not _plan.one_launch(options):
 
         def score(ids):
             rows = Rows(ids, *kept, *tau, vocab)
-            return _linear_logprobs(hidden, weight, bias, *rows, *settings, True)
+            return _linear_logprobs(*leaves, *rows, *shard, *settings, True)[:2]
 
         return two_launches(score, tokens, options)
 
-    leaves = (hidden, weight, bias)
     wants = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in leaves]
     plain = (None if x is None else x.detach() for x in leaves)
     inputs = _plan.inputs(options, tokens, kept, tau, vocab)
@@ -196,21 +204,19 @@ def linear_policy_loss(
     return (value, PolicyStats(*stats.unbind())) if return_stats else value
 
 
+def _leaves(hidden, weight, bias, group) -> tuple[tuple[Tensor, Tensor, Tensor | None], Shard]:
+    """The tensors on this rank; a DTensor's gradient becomes one again on its way back."""
+    weight, shard = _vocab.find("weight", weight, 0, group)
+    if bias is not None:
+        bias, own = _vocab.find("bias", bias, 0, None)
+        if own.sharded and own != shard:
+            raise ValueError("bias must be a tensor or a DTensor that is sharded as weight is")
+    return (_vocab.replicated("hidden", hidden), weight, bias), shard
+
+
 def _spread(x: Any, index: Tensor | None, count: int) -> Any:
     """Results of the kept rows at their places, 0 elsewhere."""
     return x if x is None or index is None else x.new_zeros(count).index_copy_(0, index, x)
-
-
-def check_tokens(tokens: Tensor, kept: Support | None, counted: Tensor, vocab: int) -> None:
-    """On CPU, before the rows are dropped: indices in errors are the caller's."""
-    if tokens.device.type != "cpu":
-        return
-    _support.check_values(kept, vocab)
-    bad = (tokens < 0) | (tokens >= vocab)
-    if kept is not None:
-        bad = bad | ~_support.holds(kept, tokens)
-    bad = bad & counted
-    _check.bad_token(int(bad.to(torch.int8).argmax()) if bad.any() else -1, tokens, vocab)
 
 
 def _linear_policy_loss_fake(hidden, weight, bias, inputs, settings, wants):
@@ -261,10 +267,12 @@ def _results(hidden, count: int, with_entropy: bool):
     return empty(count), empty(count) if with_entropy else None, empty(count, 4)
 
 
-def _logprobs_fake(hidden, weight, bias, rows, settings, with_entropy):
+def _logprobs_fake(hidden, weight, bias, rows, shard, settings, with_entropy):
     dtype, shape = _op.compute_dtype(hidden), rows.tokens.shape
     entropy = hidden.new_empty(shape if with_entropy else (0,), dtype=dtype)
-    return hidden.new_empty(shape, dtype=dtype), entropy
+    stats = hidden.new_empty((shape.numel() if shard.sharded else 0, 4), dtype=dtype)
+    first = torch.empty((), dtype=torch.int64)
+    return hidden.new_empty(shape, dtype=dtype), entropy, stats, first
 
 
 @_op.op("linear_token_logprobs", fake=_logprobs_fake)
@@ -273,30 +281,43 @@ def _linear_logprobs(
     weight: Tensor,
     bias: Tensor | None,
     rows: Rows,
+    shard: Shard,
     settings: Settings,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """(logprob, entropy or an empty tensor)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy or empty, of a shard the row statistics and its first id)."""
     with _head.plain(hidden):
         at = rows.flat(_op.compute_dtype(hidden))
         active = at.tokens != -100
-        check_tokens(at.tokens, at.kept, active, at.vocab)
         if hidden.device.type == "cpu":
             _check.temperature_values(at.temperatures, active)
-        head = Head(hidden, weight, bias, active, at.vocab, settings, _NONE)
-        at = at if head.index is None else at.take(head.index)
-        logprob, entropy, stats = _results(hidden, head.count, with_entropy)
-        for part in head.parts():
-            h = None if entropy is None else entropy[part]
-            statistics(head.logits(part), at.take(part), logprob[part], h, stats[part])
+
+        def score(at: Actions):
+            head = Head(hidden, weight, bias, active, at.vocab, settings, _NONE)
+            at = at if head.index is None else at.take(head.index)
+            logprob, entropy, stats = _results(hidden, head.count, with_entropy)
+            for part in head.parts():
+                h = None if entropy is None else entropy[part]
+                statistics(head.logits(part), at.take(part), logprob[part], h, stats[part])
+            return head.index, logprob, entropy, stats
+
+        def local(at: Actions, out: Tensor) -> None:
+            index, *_, stats = score(at)
+            out.copy_(stats) if index is None else out.zero_().index_copy_(0, index, stats)
+
         shape = rows.tokens.shape
-        logprob = _spread(logprob, head.index, shape.numel()).view(shape)
-        if entropy is None:
-            return logprob, logprob.new_empty(0)
-        return logprob, _spread(entropy, head.index, shape.numel()).view(shape)
+        if shard.sharded:
+            logprob, entropy, stats, first = _vocab.score(local, at, shard, len(weight), hidden)
+        else:
+            check_tokens(at.tokens, at.kept, active, at.vocab)
+            index, logprob, entropy, _ = score(at)
+            logprob, entropy = (_spread(x, index, shape.numel()) for x in (logprob, entropy))
+            stats, first = logprob.new_empty(0, 4), torch.full((), -1)
+        entropy = entropy.view(shape) if with_entropy else logprob.new_empty(0)
+        return logprob.view(shape), entropy, stats, first
 
 
-def _logprobs_backward_fake(hidden, weight, bias, rows, settings, g, h, wants):
+def _logprobs_backward_fake(hidden, weight, bias, rows, shard, settings, first, stats, g, h, wants):
     return _head.grads_fake(hidden, weight, wants)
 
 
@@ -306,27 +327,45 @@ def _linear_logprobs_backward(
     weight: Tensor,
     bias: Tensor | None,
     rows: Rows,
+    shard: Shard,
     settings: Settings,
+    first: Tensor,
+    stats: Tensor,
     g: Tensor | None,
     h: Tensor | None,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(∂hidden, ∂weight, ∂bias) from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H; the logits come again."""
+    """(∂hidden, ∂weight, ∂bias) from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H; the logits come again.
+
+    So do the statistics, but for a shard: there they are those of the whole rows, and all rows of
+    the forward are computed, so that the products are the same.
+    """
     with _head.plain(hidden):
         dtype = _op.compute_dtype(hidden)
         at, g, h = rows.flat(dtype), _op.flat(g, dtype), _op.flat(h, dtype)
-        sloped = [x != 0 for x in (g, h) if x is not None]
-        active = (at.tokens != -100) & functools.reduce(torch.logical_or, sloped)
+        active = at.tokens != -100
+        if not shard.sharded:
+            sloped = [x != 0 for x in (g, h) if x is not None]
+            active = active & functools.reduce(torch.logical_or, sloped)
+        at = _vocab.mine(at, first, len(weight))
         head = Head(hidden, weight, bias, active, at.vocab, settings, wants)
         if head.index is not None:
             at, g, h = at.take(head.index), _take(g, head.index), _take(h, head.index)
-        logprob, entropy, stats = _results(hidden, head.chunk, h is not None)
+            stats = stats[head.index] if shard.sharded else stats
+        logprob, entropy, again = _results(hidden, head.chunk, h is not None)
         for part in head.parts():
             z, here, size = head.logits(part), at.take(part), slice(0, part.stop - part.start)
-            statistics(z, here, logprob[size], _take(entropy, size), stats[size])
-            gradient(z, here, stats[size], _take(g, part), _take(h, part), head.slopes(part))
+            if shard.sharded:
+                row = stats[part]
+            else:
+                row = again[size]
+                statistics(z, here, logprob[size], _take(entropy, size), row)
+            gradient(z, here, row, _take(g, part), _take(h, part), head.slopes(part))
             head.backward(part)
-        return _head.grads(head, hidden, wants)
+        dhidden, dweight, dbias = _head.grads(head, hidden, wants)
+        if shard.sharded and wants[0]:
+            dhidden = _vocab.summed(dhidden, shard)
+        return dhidden, dweight, dbias
 
 
 def _take(x: Tensor | None, rows: Tensor | slice) -> Tensor | None:
@@ -336,22 +375,22 @@ def _take(x: Tensor | None, rows: Tensor | slice) -> Tensor | None:
 def _logprobs_setup(ctx, inputs, output):
     rows = Rows(*inputs[3:9])
     tensors = rows.tokens, rows.ids, rows.offsets, rows.temperatures
-    ctx.save_for_backward(*inputs[:3], *tensors)
+    ctx.save_for_backward(*inputs[:3], *tensors, *output[2:])
     ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
-    ctx.settings, ctx.with_entropy = inputs[9:12], inputs[12]
+    ctx.how, ctx.with_entropy = inputs[9:14], inputs[14]  # shard and settings
     ctx.megatron = _head.megatron_weight(inputs[1])
     ctx.set_materialize_grads(False)
 
 
-def _logprobs_backward(ctx, g, h):
+def _logprobs_backward(ctx, g, h, *_constants):
     needed = ctx.needs_input_grad[:3]
     h = h if ctx.with_entropy else None
     if g is None and h is None:
-        return (None,) * 13
-    *leaves, tokens, ids, offsets, temperatures = ctx.saved_tensors
+        return (None,) * 15
+    *leaves, tokens, ids, offsets, temperatures, stats, first = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
-    grads = _linear_logprobs_backward(*leaves, *rows, *ctx.settings, g, h, list(needed))
-    return *_head.hand_over(grads, needed, ctx.megatron, leaves[1].dtype), *(None,) * 10
+    grads = _linear_logprobs_backward(*leaves, *rows, *ctx.how, first, stats, g, h, list(needed))
+    return *_head.hand_over(grads, needed, ctx.megatron, leaves[1].dtype), *(None,) * 12
 
 
 def _no_double_backward(ctx, *_grads):

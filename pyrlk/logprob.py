@@ -8,13 +8,16 @@ Forward reads the logits once and keeps 4 floats a token; backward reads once an
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C, _check, _op
 from . import support as _support
+from ._rows import Actions, Rows
+from .parallel import vocab as _vocab
+from .parallel.vocab import Shard
 from .support import Support
 
 
@@ -33,7 +36,8 @@ def token_logprobs(
     Parameters
     ----------
     logits : [..., V] float32, float16, bfloat16 (float64 on CPU)
-        Any leading shape; rows may be strided, the last stride is 1. −inf is probability 0.
+        Any leading shape; rows may be strided, the last stride is 1. −inf is probability 0. A
+        DTensor sharded on the vocabulary names its own group and gets its gradient as one.
     tokens : [...] int64 or int32
         −100 means: the result is 0, without gradient, and the row is never read.
     temperature : number > 0, or a float tensor of the leading shape
@@ -45,7 +49,11 @@ def token_logprobs(
         True size under a padded head: columns from there on are not read and get gradient 0.
     return_entropy : bool
         Also return H in nats.
-    group : must be None; a vocabulary sharded over ranks is not supported yet
+    group : torch.distributed.ProcessGroup, optional
+        The vocabulary is sharded over its ranks: logits hold the next columns [..., V_local] in
+        rank order, as many as there are (0 too). All else is the same on every rank: tokens are
+        ids of the whole vocabulary, and vocab_size is its true size. One all-gather of 4 floats a
+        token; every rank has the same results, and the gradient of its own columns.
 
     Returns
     -------
@@ -58,53 +66,16 @@ def token_logprobs(
         Naming the argument. A token outside [0, V) is a ValueError with its index on CPU, NaN on
         CUDA.
     """
-    z = _check.logits(logits)
+    z, shard = _vocab.find("logits", logits, -1, group)
+    z = _check.logits(z, sharded=shard.sharded)
     shape = z.shape[:-1]
     tokens = _check.tokens(tokens, z, shape)
     number, per_token = _check.temperature(temperature, z, shape)
-    vocab = _check.vocab_size(vocab_size, z)
+    vocab = _vocab.vocab_size(vocab_size, z, -1, shard)
     with_entropy = _check.flag("return_entropy", return_entropy)
-    _check.no_group(group)
     rows = Rows(tokens, *_support.check(support, z, shape), number, per_token, vocab)
-    logprob, entropy, _ = score(z, *rows, with_entropy, False)
+    logprob, entropy, *_ = score(z, *rows, *shard, with_entropy, False)
     return (logprob, entropy) if with_entropy else logprob
-
-
-class Rows(NamedTuple):
-    """What an op scores rows by, in the order of its schema."""
-
-    tokens: Tensor
-    ids: Tensor | None
-    offsets: Tensor | None
-    temperature: float
-    temperatures: Tensor | None
-    vocab: int
-
-    def flat(self, dtype: torch.dtype) -> Actions:
-        return Actions(
-            _op.flat(self.tokens, torch.int64),
-            _support.pair(self.ids, self.offsets),
-            self.temperature,
-            _op.flat(self.temperatures, dtype),
-            self.vocab,
-        )
-
-
-class Actions(NamedTuple):
-    """`Rows` as the kernels want them: flat, contiguous, of the compute dtype."""
-
-    tokens: Tensor
-    kept: Support | None
-    temperature: float
-    temperatures: Tensor | None
-    vocab: int
-
-    def take(self, rows: slice | Tensor) -> Actions:
-        return self._replace(
-            tokens=self.tokens[rows],
-            kept=_support.take(self.kept, rows),
-            temperatures=None if self.temperatures is None else self.temperatures[rows],
-        )
 
 
 def _outputs(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +131,7 @@ def _gradient_cpu(logits, at: Actions, stats, g, h, grad) -> None:
 def _gradient_cuda(logits, at: Actions, stats, g, h, grad) -> None:
     from .triton_kernels import logprob as kernels
 
-    if at.tokens.numel():
+    if grad.numel():
         tau = at.temperature if at.temperatures is None else at.temperatures
         kernels.token_logprobs_bwd(
             logits, at.tokens, at.kept, tau, at.vocab, stats.view(-1, 4), g, h, grad
@@ -171,15 +142,15 @@ def _gradient_cuda(logits, at: Actions, stats, g, h, grad) -> None:
 gradient = _op.by_device(cpu=_gradient_cpu, cuda=_gradient_cuda)
 
 
-def _score_fake(logits, rows, with_entropy, inplace):
-    return _outputs(logits, with_entropy)
+def _score_fake(logits, rows, shard, with_entropy, inplace):
+    return *_outputs(logits, with_entropy), torch.empty((), dtype=torch.int64)
 
 
 @_op.op("token_logprobs", fake=_score_fake)
 def score(
-    logits: Tensor, rows: Rows, with_entropy: bool, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, entropy or empty, row statistics (m, S, E, z_a)).
+    logits: Tensor, rows: Rows, shard: Shard, with_entropy: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy or empty, row statistics (m, S, E, z_a), first id of the shard or −1).
 
     With `inplace` its backward, not this, writes the gradient over the logits.
     """
@@ -187,66 +158,78 @@ def score(
     at = rows.flat(stats.dtype)
     if logits.device.type == "cpu":
         _check.temperature_values(rows.temperatures, rows.tokens != -100)
+    if shard.sharded:
+
+        def local(columns: Actions, out: Tensor) -> None:
+            statistics(logits, columns, logprob, entropy if with_entropy else None, out)
+
+        whole = _vocab.score(local, at, shard, logits.shape[-1], logits)
+        for to, values in zip((logprob, entropy, stats), whole, strict=False):
+            if to is not entropy or with_entropy:
+                to.copy_(values.view_as(to))
+        return logprob, entropy, stats, whole[-1]
+    if logits.device.type == "cpu":
         _support.check_values(at.kept, at.vocab)
     statistics(logits, at, logprob, entropy if with_entropy else None, stats)
-    return logprob, entropy, stats
+    return logprob, entropy, stats, torch.full((), -1)
 
 
-def _backward_rows(logits, rows: Rows, stats, g, h, grad) -> None:
+def _backward_rows(logits, rows: Rows, first, stats, g, h, grad) -> None:
+    at = _vocab.mine(rows.flat(stats.dtype), first, logits.shape[-1])
     g, h = _op.flat(g, stats.dtype), _op.flat(h, stats.dtype)
-    gradient(logits, rows.flat(stats.dtype), stats, g, h, grad)
+    gradient(logits, at, stats, g, h, grad)
 
 
-def _backward_fake(logits, rows, stats, g, h):
+def _backward_fake(logits, rows, first, stats, g, h):
     return _op.empty_gradient(logits)
 
 
 @_op.op("token_logprobs_backward", fake=_backward_fake)
 def _token_logprobs_backward(
-    logits: Tensor, rows: Rows, stats: Tensor, g: Tensor | None, h: Tensor | None
+    logits: Tensor, rows: Rows, first: Tensor, stats: Tensor, g: Tensor | None, h: Tensor | None
 ) -> Tensor:
     """∂ℓ/∂logits from g = ∂ℓ/∂logprob and h = ∂ℓ/∂H."""
     grad = _op.empty_gradient(logits)
-    _backward_rows(logits, rows, stats, g, h, grad)
+    _backward_rows(logits, rows, first, stats, g, h, grad)
     return grad
 
 
 @_op.op("token_logprobs_backward_", fake=_op.mutates_only, mutates=("logits",))
 def _token_logprobs_backward_(
-    logits: Tensor, rows: Rows, stats: Tensor, g: Tensor | None, h: Tensor | None
+    logits: Tensor, rows: Rows, first: Tensor, stats: Tensor, g: Tensor | None, h: Tensor | None
 ) -> None:
     """The same; the gradient takes the place of the logits."""
-    _backward_rows(logits, rows, stats, g, h, logits)
+    _backward_rows(logits, rows, first, stats, g, h, logits)
 
 
 def _setup(ctx, inputs, output):
     rows = Rows(*inputs[1:7])
     tensors = rows.tokens, rows.ids, rows.offsets, rows.temperatures
-    ctx.save_for_backward(inputs[0], *tensors, output[2])
+    ctx.save_for_backward(inputs[0], *tensors, output[3], output[2])
     ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
-    ctx.with_entropy, ctx.inplace = inputs[7:]
+    ctx.with_entropy, ctx.inplace = inputs[9:]
     ctx.spent = False
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g, h, _stats):
+def _backward(ctx, g, h, *_constants):
     if g is None and h is None:
-        return (None,) * 9
+        return (None,) * 11
     if ctx.spent:
         raise RuntimeError(
             "second backward through the same pyrlk loss: the first wrote over its logits"
         )
-    logits, tokens, ids, offsets, temperatures, stats = ctx.saved_tensors
+    logits, tokens, ids, offsets, temperatures, first, stats = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
     h = h if ctx.with_entropy else None
     if not ctx.inplace:
-        return (_token_logprobs_backward(logits, *rows, stats, g, h), *(None,) * 8)
+        return (_token_logprobs_backward(logits, *rows, first, stats, g, h), *(None,) * 10)
     if torch.is_grad_enabled():
         raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
     ctx.spent = True
     grad = logits.detach()
-    _token_logprobs_backward_(grad, *rows, stats, g, h)
-    return (grad, *(None,) * 8)
+    _token_logprobs_backward_(grad, *rows, first, stats, g, h)
+    return (grad, *(None,) * 10)
 
 
 def _no_double_backward(ctx, *_grads):

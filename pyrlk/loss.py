@@ -21,6 +21,7 @@ from . import support as _support
 from ._plan import Inputs, Options, Plan, PolicyStats
 from .from_logprobs import two_launches
 from .objective import DAPO, REINFORCE, TIS, Objective
+from .parallel import vocab as _vocab
 from .support import Support
 
 
@@ -116,7 +117,9 @@ def policy_loss(
         Bounds of packed sequences, 0 … T, for tokens of shape [T] or [1, T].
     normalizer : number or 0-d tensor > 0, optional
         Replaces Σ mask, or the number of sequences: see `pyrlk.normalizer`.
-    group : must be None; a vocabulary sharded over ranks is not supported yet
+    group : torch.distributed.ProcessGroup, optional
+        The vocabulary is sharded over its ranks, as in `token_logprobs`; every rank has the same
+        loss, and the gradient of its own columns.
     inplace : bool
         Write the gradient over the logits: no [T, V] memory. They must not be a leaf that requires
         grad. REINFORCE to DAPO write in this call, the other objectives and callables in backward,
@@ -134,7 +137,8 @@ def policy_loss(
     RuntimeError
         On a second backward through the same loss, and on a double backward.
     """
-    z = _check.logits(logits)
+    z, shard = _vocab.find("logits", logits, -1, group)
+    z = _check.logits(z, sharded=shard.sharded)
     shape = z.shape[:-1]
     tokens = _check.tokens(tokens, z, shape)
     options = _plan.checked(
@@ -158,17 +162,16 @@ def policy_loss(
         shape,
     )
     tau = _check.temperature(temperature, z, shape)
-    vocab = _check.vocab_size(vocab_size, z)
+    vocab = _vocab.vocab_size(vocab_size, z, -1, shard)
     kept = _support.check(support, z, shape)
-    _check.no_group(group)
     if _check.flag("inplace", inplace):
-        _check_inplace(z)
+        _check_inplace(z, logits)
 
-    if not _plan.one_launch(options):
+    if shard.sharded or not _plan.one_launch(options):
 
         def score(ids):
             rows = logprob.Rows(ids, *kept, *tau, vocab)
-            return logprob.score(z, *rows, True, inplace)[:2]
+            return logprob.score(z, *rows, *shard, True, inplace)[:2]
 
         return two_launches(score, tokens, options)
 
@@ -185,9 +188,10 @@ def policy_loss(
     return (loss, PolicyStats(*stats.unbind())) if return_stats else loss
 
 
-def _check_inplace(z: Tensor) -> None:
-    owner = z
-    if not torch.compiler.is_compiling() and z._is_view() and z._base is not None:
+def _check_inplace(z: Tensor, given: Tensor) -> None:
+    """`given` is z, or the DTensor whose part z is."""
+    owner = given
+    if given is z and not torch.compiler.is_compiling() and z._is_view() and z._base is not None:
         owner = z._base  # a view of a parameter would overwrite the parameter
     if owner.is_leaf and owner.requires_grad:
         raise ValueError("inplace=True: logits must not be (a view of) a leaf that requires grad")

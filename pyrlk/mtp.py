@@ -19,8 +19,8 @@ from torch import Tensor
 from . import _check, _head, _op
 from . import objective as _objective
 from ._head import Head, Settings
-from .linear import check_tokens
-from .logprob import Rows, gradient, statistics
+from ._rows import Rows, check_tokens
+from .logprob import gradient, statistics
 
 _KINDS = ("ce", "tv")
 

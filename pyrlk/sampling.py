@@ -22,7 +22,7 @@ from .support import Support
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 _ORDERS = ("top_k_first", "joint")
 _TIES = ("trim", "keep")
-_MAX_VOCAB = 1 << 19
+MAX_VOCAB = 1 << 19
 
 
 class Sample(NamedTuple):
@@ -102,25 +102,18 @@ def sample(
         CPU; on CUDA that row gets status INVALID.
     """
     z = _check.logits(logits).detach()
-    if z.shape[-1] >= _MAX_VOCAB:
-        raise ValueError(f"logits must have V < {_MAX_VOCAB}, got {z.shape[-1]}")
+    if z.shape[-1] >= MAX_VOCAB:
+        raise ValueError(f"logits must have V < {MAX_VOCAB}, got {z.shape[-1]}")
     lead, vocab = z.shape[:-1], z.shape[-1]
     count = math.prod(lead)
-    tau = _float_rows("temperature", temperature, z, 0.0)
-    k = _int_rows("top_k", top_k, z)
-    p = _float_rows("top_p", top_p, z, 0.0, 1.0)
-    least = _float_rows("min_p", min_p, z, 0.0, 1.0)
-    seeds = _int_rows("seed", seed, z)
-    if not isinstance(seed, Tensor):
-        seeds = seeds + torch.arange(count, device=z.device)
-    positions = _int_rows("position", position, z)
+    parameters = row_parameters(z, temperature, top_k, top_p, min_p, seed, position)
     joint = _check.choice("order", order, _ORDERS) == "joint"
     keep_ties = _check.choice("ties", ties, _TIES) == "keep"
     exact = _check.flag("portable", portable)
     if group is not None:
         raise NotImplementedError("group: sampling from a sharded vocabulary is not built yet")
     words = _allowed_words(allowed, z)
-    arguments = (z, tau, k, p, least, seeds, positions, words, joint, keep_ties, exact)
+    arguments = (z, *parameters, words, joint, keep_ties, exact)
     if not _check.flag("return_support", return_support):
         _capacity(support_capacity, 0, z)
         token, logprob, full, kept, status = _sample(*arguments)
@@ -189,6 +182,18 @@ def _allowed_words(allowed, z: Tensor) -> Tensor | None:
     return allowed.reshape(count, words).contiguous()
 
 
+def row_parameters(z: Tensor, temperature, top_k, top_p, min_p, seed, position):
+    """The parameters of the rows of z as the ops take them: float32 and int64 tensors [B]."""
+    tau = _float_rows("temperature", temperature, z, 0.0)
+    k = _int_rows("top_k", top_k, z)
+    p = _float_rows("top_p", top_p, z, 0.0, 1.0)
+    least = _float_rows("min_p", min_p, z, 0.0, 1.0)
+    seeds = _int_rows("seed", seed, z)
+    if not isinstance(seed, Tensor):
+        seeds = seeds + torch.arange(seeds.numel(), device=z.device)
+    return tau, k, p, least, seeds, _int_rows("position", position, z)
+
+
 def _row_tensor(name: str, x: Tensor, z: Tensor) -> Tensor:
     x = _check.like(name, x, z)
     count = math.prod(z.shape[:-1])
@@ -230,7 +235,7 @@ def _outputs(logits: Tensor):
     )
 
 
-def _row_value_error(row: int, tau, p, least) -> None:
+def row_value_error(row: int, tau, p, least) -> None:
     for name, x, high in (
         ("temperature", tau, float("inf")),
         ("top_p", p, 1.0),
@@ -263,7 +268,7 @@ def _run_cpu(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ti
         _op.threads(),
     )
     if bad >= 0:
-        _row_value_error(bad, tau, p, least)
+        row_value_error(bad, tau, p, least)
     return out
 
 

@@ -284,10 +284,42 @@ def take(kept: Support | None, rows: slice | Tensor) -> Support | None:
     return Support(ids[source], taken)
 
 
+def columns(kept: Support, first: int, end: int) -> Support:
+    """The kept ids in [first, end), numbered from first on; never waits for the device."""
+    ids, offsets = kept.ids, kept.offsets
+    inside = (ids >= first) & (ids < end)
+    before = _offsets(inside)
+    slots = torch.where(inside, before[:-1], ids.numel())
+    taken = ids.new_zeros(ids.numel() + 1).scatter_(0, slots, ids - first)
+    return Support(taken[:-1], before[offsets.clamp(0, ids.numel())])
+
+
+def _row_of(kept: Support) -> Tensor:
+    """The row of each id; the number of rows where it belongs to none."""
+    slots = torch.arange(kept.ids.numel(), device=kept.ids.device)
+    return torch.searchsorted(kept.offsets[1:].contiguous(), slots, right=True)
+
+
+def _some_in_row(flags: Tensor, row: Tensor, count: int) -> Tensor:
+    """bool [count]: whether a row has an id whose flag is set."""
+    hits = torch.zeros(count + 1, dtype=torch.int32, device=flags.device)
+    return hits.index_add_(0, row, flags.to(torch.int32))[:-1] > 0
+
+
 def holds(kept: Support, tokens: Tensor) -> Tensor:
-    """bool [T], on CPU: whether each token is in its kept set."""
-    used = kept.ids[: int(kept.offsets[-1])]
-    row = torch.arange(tokens.numel()).repeat_interleave(kept.offsets.diff())
-    found = torch.zeros(tokens.numel(), dtype=torch.bool)
-    found[row[used == tokens[row]]] = True
-    return found
+    """bool [T]: whether each token is in its kept set; never waits for the device."""
+    row, count = _row_of(kept), tokens.numel()
+    if count == 0:
+        return tokens != tokens
+    return _some_in_row(kept.ids == tokens[row.clamp(max=count - 1)], row, count)
+
+
+def sound(kept: Support, vocab: int) -> Tensor:
+    """bool [T]: `check_values` of each row, without waiting for the device."""
+    ids, offsets = kept.ids, kept.offsets
+    first, last = offsets[:-1], offsets[1:]
+    right = (first >= 0) & (first <= last) & (last <= ids.numel())
+    row, slots = _row_of(kept), torch.arange(ids.numel(), device=ids.device)
+    begins = slots == offsets[row.clamp(max=first.numel())]
+    unordered = torch.nn.functional.pad(ids[1:] <= ids[:-1], (1, 0))[: ids.numel()] & ~begins
+    return right & ~_some_in_row((ids < 0) | (ids >= vocab) | unordered, row, first.numel())

@@ -241,7 +241,7 @@ CASES = [
             (torch.tensor(True), T, "bool"),
         ]
     ),
-    *((call, {"group": object()}, W, "^group must be None") for call in (loss, dapo, score)),
+    *((call, {"group": object()}, T, "^group must be a torch") for call in (loss, dapo, score)),
     (loss, {"inplace": 1}, T, "inplace must be True or False"),
     (loss, {"return_stats": None}, T, "return_stats must be True or False"),
     (loss, {"inplace": True, "logits": LEAF}, W, "inplace.*leaf"),

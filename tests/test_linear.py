@@ -677,11 +677,13 @@ def test_opcheck():
         )  # fmt: skip
     leaves = [t.clone().requires_grad_() for t in (x, w, b)]
     for entropy in (False, True):
-        row = (tokens, *(kept if entropy else (None, None)), 1.0, None, 11, 0.0, False, 3)
+        rows = (tokens, *(kept if entropy else (None, None)), 1.0, None, 11)
+        row = (*rows, "", 0, 0.0, False, 3)  # not sharded
         opcheck(linear._linear_logprobs, (*leaves, *row, entropy))
         slopes = (torch.randn(2, 5), torch.randn(2, 5) if entropy else None)
         backward = linear._linear_logprobs_backward
-        opcheck(backward, (x, w, b, *row, *slopes, [True, entropy, True]))
+        whole = (torch.tensor(-1), torch.empty(0, 4))
+        opcheck(backward, (x, w, b, *row, *whole, *slopes, [True, entropy, True]))
     grads = (torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11))
     opcheck(_head.attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
 
@@ -730,7 +732,7 @@ HEAD_ERRORS = [
     ({"vocab_size": 12}, ValueError, "vocab_size"),
     ({"vocab_size": 0}, ValueError, "vocab_size"),
     ({"vocab_size": 5}, ValueError, r"tokens\[5\] = 5 is outside \[0, 5\)"),
-    ({"group": object()}, ValueError, "group"),
+    ({"group": object()}, TypeError, "group"),
     ({"support": [[1]] * 6}, TypeError, "support"),
     ({"support": pyrlk.Support.from_lists([range(11)] * 5)}, ValueError, "support.offsets"),
     ({"support": pyrlk.Support(IDS, torch.arange(7))}, TypeError, "support.ids"),

@@ -35,7 +35,8 @@ def op_arguments():
     inside = kept.token.view(B, L)
     tau = torch.rand(B, L) + 0.5
     row = (inside, *kept.support[:2], 1.0, tau, V)
-    stats = OPS.token_logprobs(z, *row, True, False)[2]
+    here = ("", 0)  # not sharded
+    stats, first = OPS.token_logprobs(z, *row, *here, True, False)[2:]
     integers, numbers = [1, 0, 3, 0, 0, 0, 1], [0.2, 0.28, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0]
     mask = torch.rand(B, L) > 0.2
     loss = (tokens, *whole, old, adv, mask, old, None, None, None, tau, 1.0, V, integers, numbers)
@@ -47,9 +48,9 @@ def op_arguments():
     head = (2.0, False, 4)
     draw = (z, *rules, torch.arange(n), torch.zeros(n).long(), None, False, False, False)
     return {
-        "token_logprobs": (z.clone().requires_grad_(), *row, True, False),
-        "token_logprobs_backward": (z, *row, stats, adv, old),
-        "token_logprobs_backward_": (z.clone(), *row, stats, adv, old),
+        "token_logprobs": (z.clone().requires_grad_(), *row, *here, True, False),
+        "token_logprobs_backward": (z, *row, first, stats, adv, old),
+        "token_logprobs_backward_": (z.clone(), *row, first, stats, adv, old),
         "policy_loss": (z, *loss, True),
         "policy_loss_": (z.clone(), *loss),
         "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
@@ -57,13 +58,16 @@ def op_arguments():
         "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
         "linear_policy_loss": (h, weight, bias, *loss, *head, [True, True, True]),
         "linear_attach_grads": (*leaves, *grads, torch.ones(()), torch.tensor(1.0)),
-        "linear_token_logprobs": (*leaves, *row, *head, True),
+        "linear_token_logprobs": (*leaves, *row, *here, *head, True),
         "linear_token_logprobs_backward": (
             h,
             weight,
             None,
             *row,
+            *here,
             *head,
+            first,
+            stats[:0, 0],
             adv,
             None,
             [True] * 2 + [False],
@@ -84,6 +88,13 @@ def op_arguments():
         ),
         "sample": draw,
         "sample_support": (*draw, 100, True),
+        "verify_draft": (
+            z,
+            tokens[:, 1:].contiguous(),
+            z[:, 1:],
+            *(x[:B] for x in draw[1:7]),
+            True,
+        ),
     }
 
 

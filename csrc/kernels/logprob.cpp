@@ -20,7 +20,10 @@ int64_t token_logprobs(const Rows& z, const int64_t* tokens, KeptIds kept, Tempe
       at = row.at_action();
       lp = log_prob(s, at, temperature);
       if (entropy_out != nullptr) h = entropy(s);
-      if (!regular(s)) s.sum = s.energy = std::numeric_limits<double>::quiet_NaN();
+      // A row of −inf keeps its zeros: it may be the shard of a row that goes on elsewhere.
+      if (s.nan || s.max == std::numeric_limits<double>::infinity()) {
+        s.sum = s.energy = std::numeric_limits<double>::quiet_NaN();
+      }
     }
     if (!row.leads()) return;
     put(logprob, t, lp, wide);
