@@ -1,8 +1,8 @@
 """Weights into staging memory: 18,867 tensors of Qwen3-30B-A3B's shapes, every size an eighth.
 
 Limit, measured in the same rounds: one memcpy of as many bytes, split evenly over as many threads.
-Beside it the way of a bucket of torch: flatten, cat, copy. And the whole of an update, between two
-processes, of 3,000 small tensors, where the bytes cost nothing.
+And the whole of an update, between two processes, of 3,000 small tensors, where the bytes cost
+nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def pack(layers: int, *, rounds: int) -> dict:
                 "memcpy": lambda: _memcpy(pool, threads, segment.flat, source),
                 "pack": lambda: segment.pack(copies, checksum=True, threads=threads),
                 "pack_no_sum": lambda: segment.pack(copies, checksum=False, threads=threads),
-                "torch_cat": lambda: _cat(segment.flat, tensors),
             },
             rounds=rounds,
         )
@@ -86,11 +85,6 @@ def _memcpy(pool: ThreadPoolExecutor, threads: int, out: Tensor, source: Tensor)
     ]
     for job in jobs:
         job.result()
-
-
-def _cat(out: Tensor, tensors: list[Tensor]) -> None:
-    flat = torch.cat([t.flatten().view(torch.uint8) for t in tensors])
-    out[: flat.numel()].copy_(flat)
 
 
 class Small(nn.Module):

@@ -372,15 +372,15 @@ void bind_memory(py::module_& module) {
   });
   module.def(
       "segment_create",
-      [](std::uint64_t bytes) {
+      [](std::uint64_t bytes, bool inherit) {
         pyrlk::Segment segment;
         {
           const py::gil_scoped_release nogil;
-          segment = pyrlk::segment_create(bytes);
+          segment = pyrlk::segment_create(bytes, inherit);
         }
         return py::make_tuple(segment.fd, reinterpret_cast<Address>(segment.address));
       },
-      py::arg("bytes"));
+      py::arg("bytes"), py::arg("inherit") = false);
   module.def(
       "segment_open",
       [](int fd, std::uint64_t bytes) {

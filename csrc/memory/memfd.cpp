@@ -49,7 +49,7 @@ std::uint64_t available_memory() {
   return kib << 10;
 }
 
-void* map(int fd, std::uint64_t bytes, int protection) {
+void* map(int fd, std::uint64_t bytes, int protection, bool inherit) {
   void* address = mmap(nullptr, bytes, protection, MAP_SHARED, fd, 0);
   if (address == MAP_FAILED) fail(errno, "mmap of " + std::to_string(bytes) + " bytes");
   // Both are hints: huge pages where the system gives them to shared memory, and the page table
@@ -60,13 +60,13 @@ void* map(int fd, std::uint64_t bytes, int protection) {
                 (protection & PROT_WRITE) ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
 #endif
   // A forked child must not hold the publisher's memory.
-  (void)madvise(address, bytes, MADV_DONTFORK);
+  if (!inherit) (void)madvise(address, bytes, MADV_DONTFORK);
   return address;
 }
 
 }  // namespace
 
-Segment segment_create(std::uint64_t bytes) {
+Segment segment_create(std::uint64_t bytes, bool inherit) {
   check_size(bytes);
   if (bytes > available_memory()) {
     fail(ENOMEM, "a segment of " + std::to_string(bytes) + " bytes is more than the free memory");
@@ -77,7 +77,7 @@ Segment segment_create(std::uint64_t bytes) {
   try {
     const int error = posix_fallocate(fd, 0, static_cast<off_t>(bytes));
     if (error != 0) fail(error, "posix_fallocate of " + std::to_string(bytes) + " bytes");
-    address = map(fd, bytes, PROT_READ | PROT_WRITE);
+    address = map(fd, bytes, PROT_READ | PROT_WRITE, inherit);
     const int seals = F_SEAL_SHRINK | F_SEAL_GROW;
     // FUTURE_WRITE (Linux 5.1): nobody who gets the descriptor can map it writable.
     if (fcntl(fd, F_ADD_SEALS, seals | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0 &&
@@ -105,7 +105,7 @@ void* segment_open(int fd, std::uint64_t bytes) {
     fail(EINVAL, "the memfd has " + std::to_string(status.st_size) + " bytes, announced are " +
                      std::to_string(bytes));
   }
-  return map(fd, bytes, PROT_READ);
+  return map(fd, bytes, PROT_READ, false);
 }
 
 void segment_close(void* address, std::uint64_t bytes) {

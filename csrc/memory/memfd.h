@@ -14,8 +14,9 @@ struct Segment {
   void* address;
 };
 
-// Throws std::system_error with the errno and the failing step.
-Segment segment_create(std::uint64_t bytes);
+// Throws std::system_error with the errno and the failing step. inherit: a forked child keeps the
+// mapping (a trainer's own tensors); staging memory is not for it.
+Segment segment_create(std::uint64_t bytes, bool inherit = false);
 void* segment_open(int fd, std::uint64_t bytes);
 void segment_close(void* address, std::uint64_t bytes);
 

@@ -27,6 +27,7 @@ from .errors import (
     Unsupported,
     UpdateError,
 )
+from .memory import share
 from .publisher import EngineReport, Local, Publisher, UpdateReport
 from .receiver import Receiver
 from .sglang import SGLang
@@ -55,4 +56,5 @@ __all__ = [
     "UpdateError",
     "UpdateReport",
     "gather",
+    "share",
 ]

@@ -32,6 +32,7 @@ class Engine(Protocol):
     """Where a receiver puts tensors."""
 
     names_from: str
+    sums_copies: bool  # what went into the engine is compared with the sums too
 
     def check(self, layout: Layout, partial: bool) -> None: ...
     def apply(
@@ -44,6 +45,7 @@ class ModuleEngine:
     """Copies straight into the tensors of `module.state_dict()`, tied weights once."""
 
     names_from = "module"
+    sums_copies = True  # what went into the engine is compared too
 
     def __init__(self, module: nn.Module):
         self._state = ModuleState(module)
@@ -142,6 +144,8 @@ class _Plan:
 
 class CallableEngine:
     """Feeds load_weights with views of the staging memory, one call a bucket."""
+
+    sums_copies = False
 
     def __init__(self, load_weights: LoadWeights, expected: Mapping[str, Tensor] | None):
         self._load_weights = load_weights

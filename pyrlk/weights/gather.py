@@ -100,7 +100,7 @@ class Checkpoint:
         self._noted.forget_tensors()
         return {
             name: state[view.source].as_strided(
-                view.size, view.stride, state[view.source].storage_offset() + view.offset
+                view.size, view.stride, int(state[view.source].storage_offset()) + view.offset
             )
             for name, view in self._views.items()
         }
@@ -109,7 +109,7 @@ class Checkpoint:
         module = self._state.module()
         kept = _kept(module, self._buffers, state)
         # Addresses tell which tensor a view is of: the outermost one, where one is part of another.
-        ends = {}
+        ends: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in kept.items():
             key = tensor.untyped_storage().data_ptr()
             ends.setdefault(key, []).append((name, tensor))
@@ -138,7 +138,7 @@ class _NoCopies(TorchDispatchMode):
 
 def _locate(name: str, view: Tensor, candidates: dict[int, list[tuple[str, Tensor]]]) -> _View:
     for source, tensor in candidates.get(view.untyped_storage().data_ptr(), []):
-        offset = view.storage_offset() - tensor.storage_offset()
+        offset = int(view.storage_offset()) - int(tensor.storage_offset())
         inside = offset >= 0 and _extent(view) + offset <= _extent(tensor)
         if inside and view.dtype == tensor.dtype:
             return _View(source, offset, view.size(), view.stride())

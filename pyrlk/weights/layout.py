@@ -4,7 +4,7 @@
     staging bytes      = buffers · largest bucket            (known before anything is allocated)
 
     manifest := "PRLM" u16 format  u16 zero  u32 buckets  u32 tensors
-                u64 bytes                                                      a bucket
+                u64 bytes · buckets  u32 segment · buckets                     0: staged
                 u16 name length  u8 dtype  u8 ndim  u32 bucket  u64 offset     a tensor
                 u64 size · ndim  name (UTF-8)
     digest   := SHA-256 of the manifest
@@ -14,6 +14,7 @@ Two tensors may name the same range: an alias (tied weights), sent once. All num
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import struct
@@ -34,6 +35,8 @@ MAX_MANIFEST = 128 << 20
 MAX_BYTES = (1 << 63) - 1
 # The checksums of a bucket travel in one frame.
 MAX_PIECES = 4096
+# Segments of a trainer that one update may name.
+MAX_DIRECT = 4096
 
 # Closed: a code means one dtype for ever, new ones go to the end.
 DTYPES: tuple[torch.dtype, ...] = (
@@ -61,7 +64,7 @@ _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _HEAD = struct.Struct("<4sHHII")
 _ENTRY = struct.Struct("<HBBIQ")
 _MAGIC = b"PRLM"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Spec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     alias: int | None = None
+    direct: tuple[int, int] | None = None  # segment of the trainer and offset in it: not staged
 
     @property
     def nbytes(self) -> int:
@@ -100,20 +104,36 @@ class Layout:
     Attributes
     ----------
     entries : all tensors, in the order they were given
-    buckets : bytes of each bucket
+    buckets : bytes of each bucket; of a direct one, of the trainer's segment that it is in
+    segments : of each bucket, 0 if it is staged, else 1 + the number of the trainer's segment.
+        Staged buckets come first.
     """
 
     entries: tuple[Entry, ...]
     buckets: tuple[int, ...]
+    segments: tuple[int, ...]
+
+    @functools.cached_property
+    def staged(self) -> int:
+        """Number of staged buckets."""
+        return self.segments.count(0)
+
+    def _place(self, entry: Entry) -> tuple:
+        """Equal for two entries that are one range: of a staged bucket, at one offset."""
+        if self.segments[entry.bucket]:
+            return entry.bucket, entry.offset, entry.shape, entry.dtype
+        return entry.bucket, entry.offset
 
     @functools.cached_property
     def pieces(self) -> tuple[tuple[int, ...], ...]:
         """Of each bucket, the entries that own a range: aliases and empty tensors left out."""
         pieces: list[list[int]] = [[] for _ in self.buckets]
-        seen: set[tuple[int, int]] = set()
+        seen: set[tuple] = set()
         for index, entry in enumerate(self.entries):
-            place = (entry.bucket, entry.offset)
-            if entry.nbytes and place not in seen:
+            if not entry.nbytes:
+                continue
+            place = self._place(entry)
+            if place not in seen:
                 seen.add(place)
                 pieces[entry.bucket].append(index)
         return tuple(tuple(sorted(p, key=lambda i: self.entries[i].offset)) for p in pieces)
@@ -121,13 +141,13 @@ class Layout:
     @functools.cached_property
     def members(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Beside each piece of each bucket, all entries that share its range."""
-        sharing: dict[tuple[int, int], list[int]] = {}
+        sharing: dict[tuple, list[int]] = {}
         for index, entry in enumerate(self.entries):
             if entry.nbytes:
-                sharing.setdefault((entry.bucket, entry.offset), []).append(index)
+                sharing.setdefault(self._place(entry), []).append(index)
         return tuple(
-            tuple(tuple(sharing[bucket, self.entries[i].offset]) for i in pieces)
-            for bucket, pieces in enumerate(self.pieces)
+            tuple(tuple(sharing[self._place(self.entries[i])]) for i in pieces)
+            for pieces in self.pieces
         )
 
     @functools.cached_property
@@ -146,16 +166,17 @@ class Layout:
     @property
     def slot_bytes(self) -> int:
         """Bytes that one staging slot needs."""
-        return max(self.buckets, default=0)
+        return max(self.buckets[: self.staged], default=0)
 
     def peak_bytes(self, buffers: int) -> int:
         """Staging memory of an update with `buffers` slots."""
-        return self.slot_bytes * min(buffers, len(self.buckets))
+        return self.slot_bytes * min(buffers, self.staged)
 
     @functools.cached_property
     def encoded(self) -> bytes:
         parts = [_HEAD.pack(_MAGIC, _FORMAT, 0, len(self.buckets), len(self.entries))]
         parts.append(struct.pack(f"<{len(self.buckets)}Q", *self.buckets))
+        parts.append(struct.pack(f"<{len(self.buckets)}I", *self.segments))
         for e in self.entries:
             name = e.name.encode()
             code = _CODES[e.dtype]
@@ -174,8 +195,10 @@ def supported(dtype: torch.dtype) -> bool:
     return dtype in _CODES
 
 
-def plan(specs: Sequence[Spec], bucket_bytes: int) -> Layout:
+def plan(specs: Sequence[Spec], bucket_bytes: int, segments: Sequence[int] = ()) -> Layout:
     """Put tensors into buckets of at most `bucket_bytes`, in order; a larger one gets its own.
+
+    `segments`: bytes of the trainer's segments that `Spec.direct` names. Their buckets come last.
 
     Raises
     ------
@@ -202,6 +225,11 @@ def plan(specs: Sequence[Spec], bucket_bytes: int) -> Layout:
         if nbytes == 0:
             entries.append(Entry(spec.name, spec.shape, spec.dtype, 0, 0, 0))
             continue
+        if spec.direct is not None:
+            # Its bucket is known when the staged ones are; the segment stands in for it.
+            segment, offset = spec.direct
+            entries.append(Entry(spec.name, spec.shape, spec.dtype, -1 - segment, offset, nbytes))
+            continue
         offset = _aligned(buckets[-1]) if buckets else 0
         if not buckets or offset + nbytes > bucket_bytes or pieces == MAX_PIECES:
             buckets.append(0)
@@ -209,7 +237,34 @@ def plan(specs: Sequence[Spec], bucket_bytes: int) -> Layout:
         entries.append(Entry(spec.name, spec.shape, spec.dtype, len(buckets) - 1, offset, nbytes))
         buckets[-1] = offset + nbytes
         pieces += 1
-    return Layout(tuple(entries), tuple(buckets))
+    numbers = [0] * len(buckets)
+    return Layout(*_with_direct(entries, buckets, numbers, segments))
+
+
+def _with_direct(
+    entries: list[Entry], buckets: list[int], numbers: list[int], segments: Sequence[int]
+) -> tuple[tuple[Entry, ...], tuple[int, ...], tuple[int, ...]]:
+    """Give direct entries their buckets: of one segment each, of at most MAX_PIECES tensors."""
+    places: dict[tuple, int] = {}  # range → its bucket
+    last: dict[int, int] = {}  # segment → the bucket that still takes tensors
+    counts: dict[int, int] = {}
+    out = []
+    for entry in entries:
+        if entry.bucket >= 0:
+            out.append(entry)
+            continue
+        segment = -1 - entry.bucket
+        place = (segment, entry.offset, entry.shape, entry.dtype)
+        if place not in places:
+            bucket = last.get(segment, -1)
+            if bucket < 0 or counts[bucket] == MAX_PIECES:
+                bucket = last[segment] = len(buckets)
+                buckets.append(segments[segment])
+                numbers.append(1 + segment)
+            counts[bucket] = counts.get(bucket, 0) + 1
+            places[place] = bucket
+        out.append(dataclasses.replace(entry, bucket=places[place]))
+    return tuple(out), tuple(buckets), tuple(numbers)
 
 
 def decode(data: bytes) -> Layout:
@@ -229,6 +284,9 @@ def decode(data: bytes) -> Layout:
     if n_buckets > MAX_BUCKETS or n_tensors > MAX_TENSORS:
         raise ProtocolError(f"manifest: {n_buckets} buckets, {n_tensors} tensors")
     buckets = tuple(reader.sizes(n_buckets))
+    segments = struct.unpack(f"<{n_buckets}I", reader.bytes(4 * n_buckets))
+    if max(segments, default=0) > MAX_DIRECT or _mixed(segments):
+        raise ProtocolError("manifest: staged buckets come first, direct ones name a segment")
     entries: list[Entry] = []
     names: set[str] = set()
     for _ in range(n_tensors):
@@ -245,10 +303,10 @@ def decode(data: bytes) -> Layout:
         names.add(name)
         spec = Spec(name, shape, DTYPES[code])
         entry = Entry(name, shape, spec.dtype, bucket, offset, spec.nbytes)
-        _check_place(entry, buckets)
+        _check_place(entry, buckets, segments)
         entries.append(entry)
     reader.finish()
-    layout = Layout(tuple(entries), buckets)
+    layout = Layout(tuple(entries), buckets, segments)
     _check_ranges(layout)
     return layout
 
@@ -257,13 +315,19 @@ def _aligned(offset: int) -> int:
     return (offset + ALIGN - 1) // ALIGN * ALIGN
 
 
-def _check_place(entry: Entry, buckets: tuple[int, ...]) -> None:
+def _mixed(segments: tuple[int, ...]) -> bool:
+    """Whether a staged bucket comes after a direct one."""
+    staged = segments.count(0)
+    return any(segments[:staged])
+
+
+def _check_place(entry: Entry, buckets: tuple[int, ...], segments: tuple[int, ...]) -> None:
     if entry.nbytes == 0:
         fits = entry.bucket == 0 and entry.offset == 0
     else:
         fits = (
             entry.bucket < len(buckets)
-            and entry.offset % ALIGN == 0
+            and entry.offset % (entry.dtype.itemsize if segments[entry.bucket] else ALIGN) == 0
             and entry.offset + entry.nbytes <= buckets[entry.bucket]
         )
     if not fits:
@@ -278,6 +342,8 @@ def _check_ranges(layout: Layout) -> None:
     for bucket, pieces in enumerate(layout.pieces):
         if not 0 < len(pieces) <= MAX_PIECES:
             raise ProtocolError(f"manifest: bucket {bucket} has {len(pieces)} tensors")
+        if layout.segments[bucket]:
+            continue  # views of a trainer's memory may overlap, and need not fill it
         end = 0
         for index in pieces:
             entry = layout.entries[index]

@@ -75,7 +75,7 @@ class Manifest:
             want = table.get(entry.name)
             if want is not None and entry.dtype == dtype and want.dtype.is_floating_point:
                 table[entry.name] = torch.empty(want.shape, dtype=dtype, device="meta")
-        reduced = Layout(entries, layout.buckets)
+        reduced = Layout(entries, layout.buckets, layout.segments)
         check_names(reduced, table, partial, {name: (name,) for name in table})
         return chosen
 

@@ -11,22 +11,26 @@ Sums are those of csrc/memory/pack.h, equal on every device.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import enum
+import hashlib
 import os
 import secrets
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrlk import _C
 
 from .errors import ProtocolError, StagingError, Unsupported
 
+_ALIGN = 256
 Placed = tuple[Tensor, int]  # a tensor and its offset in the segment
 
 
@@ -148,6 +152,10 @@ class Segment:
     def finish(self) -> None:
         """Return when every queued copy into or out of the segment is done."""
 
+    def forget_flat(self) -> None:
+        """Keep the handle and the descriptor; the memory lives as long as its tensors."""
+        self._flat = None
+
     def close(self) -> None:
         """Give the memory back; idempotent."""
         if self._flat is not None:
@@ -158,9 +166,9 @@ class Segment:
 class Host(Segment):
     """Shared memory of this machine."""
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int, *, inherit: bool = False):
         try:
-            fd, address = _C.segment_create(nbytes)
+            fd, address = _C.segment_create(nbytes, inherit)
         except OSError as error:
             raise StagingError(
                 f"staging memory: {error.strerror}; lower bucket_bytes or buffers"
@@ -173,6 +181,135 @@ class Host(Segment):
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+# Segments that hold tensors of this process, by address: what the hand-over need not stage.
+_SHARED: dict[int, Segment] = {}
+
+
+@torch.no_grad()
+def share(module: nn.Module) -> nn.Module:
+    """Move a module's tensors into memory that an engine can map: no staging, one copy.
+
+    Each parameter and buffer stays the same Python object; its data moves. CPU tensors only. The
+    memory is freed with the last tensor on it; processes forked from this one share it.
+
+    Raises
+    ------
+    StagingError
+        Too little memory.
+    """
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.numel():
+            tensors.setdefault(id(tensor), tensor)
+    if not tensors:
+        return module
+    places, end = [], 0
+    for tensor in tensors.values():
+        places.append(end)
+        end = (end + tensor.nbytes + _ALIGN - 1) // _ALIGN * _ALIGN
+    segment = Host(end, inherit=True)
+    for tensor, offset in zip(tensors.values(), places, strict=True):
+        view = segment.view(offset, tuple(tensor.shape), tensor.dtype)
+        view.copy_(tensor)
+        tensor.data = view
+    address = segment.flat.data_ptr()
+    _SHARED[address] = segment
+    weakref.finalize(segment.flat.untyped_storage(), _unshare, address).atexit = False
+    segment.forget_flat()
+    return module
+
+
+def _unshare(address: int) -> None:
+    segment = _SHARED.pop(address, None)
+    if segment is not None and segment.fd is not None:
+        os.close(segment.fd)
+
+
+def exportable() -> bool:
+    """Whether any tensor of the host could be; see `share`."""
+    return bool(_SHARED)
+
+
+class Export(NamedTuple):
+    """Where a tensor lies in memory that another process can open."""
+
+    handle: Handle
+    offset: int
+
+
+class Exports:
+    """Looks tensors up; an allocation of a GPU is asked for its handle once."""
+
+    def __init__(self) -> None:
+        self._shared = [(at, at + s.nbytes, s.handle) for at, s in _SHARED.items()]
+        self._starts: list[int] = []  # of allocations of a GPU, ascending
+        self._allocations: dict[int, tuple[int, Handle | None]] = {}  # start → end, handle
+
+    def find(self, tensor: Tensor) -> Export | None:
+        """None for what has to be staged: strided, misaligned, or not exportable."""
+        device = tensor.device.type
+        if not (self._shared or device == "cuda") or not tensor.is_contiguous():
+            return None
+        address = tensor.data_ptr()
+        first, end, handle = self._of_host(address) if device == "cpu" else self._of_gpu(tensor)
+        offset = address - first
+        if handle is None or not tensor.numel() or address + tensor.nbytes > end:
+            return None
+        return None if offset % tensor.element_size() else Export(handle, offset)
+
+    def _of_host(self, address: int) -> tuple[int, int, Handle | None]:
+        found = (one for one in self._shared if one[0] <= address < one[1])
+        return next(found, (address, address, None))
+
+    def _of_gpu(self, tensor: Tensor) -> tuple[int, int, Handle | None]:
+        address = tensor.data_ptr()
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at >= 0:
+            first = self._starts[at]
+            end, handle = self._allocations[first]
+            if address < end:
+                return first, end, handle
+        device = tensor.device.index or 0
+        known: Handle | None = None
+        try:
+            ipc, offset, nbytes = _C.cuda_ipc_export(device, address)
+            uuid = _C.cuda_device_uuid(device)
+            known = Handle(Kind.CUDA, nbytes, hashlib.sha256(ipc).digest()[:16], uuid, ipc)
+            first, end = address - offset, address - offset + nbytes
+        except _C.CudaError:  # of an allocator that cannot be exported: it is staged
+            storage = tensor.untyped_storage()
+            first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        if first not in self._allocations:
+            bisect.insort(self._starts, first)
+        self._allocations[first] = end, known
+        return first, end, known
+
+
+def exporting(handle: Handle, address: int, device: torch.device) -> Segment:
+    """This process's own memory behind a handle, for sums; `address` is its first byte."""
+    if handle.kind is Kind.CUDA:
+        return _Own(handle, _cuda_tensor(address, handle.nbytes, device.index or 0), device)
+    segment = _Own(handle, _borrowed(address, handle.nbytes), device)
+    segment.fd = _SHARED[address].fd
+    return segment
+
+
+class _Own(Segment):
+    """A trainer's memory: nothing of it is released here."""
+
+    def __init__(self, handle: Handle, flat: Tensor, device: torch.device):
+        super().__init__(handle, flat, lambda: None)
+        self._device = device
+
+    def finish(self) -> None:
+        if self.handle.kind is Kind.CUDA:
+            _C.cuda_synchronize(self._device.index or 0)
+
+
+def _borrowed(address: int, nbytes: int) -> Tensor:
+    return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
 
 
 class Cuda(Segment):

@@ -18,14 +18,22 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from . import gather, memory, wire
 from . import layout as layouts
-from .errors import EngineDirty, PeerLost, StaleVersion, Timeout, Unsupported, UpdateError
+from .errors import (
+    EngineDirty,
+    PeerLost,
+    ProtocolError,
+    StaleVersion,
+    Timeout,
+    Unsupported,
+    UpdateError,
+)
 from .source import ModuleState, NamedTensors, Source
 from .wire import Frame, Type
 
@@ -66,6 +74,8 @@ class Session(Protocol):
 class Target(abc.ABC):
     """Where weights go."""
 
+    direct = False  # can read the trainer's own memory
+
     @abc.abstractmethod
     def open(self, patience: float, timeout: float) -> Session:
         """Connect, waiting up to `patience` seconds for an engine that is still starting."""
@@ -76,6 +86,7 @@ class Local(Target):
     """A `Receiver` on this machine, by the path of its socket."""
 
     socket_path: str | os.PathLike[str]
+    direct: ClassVar[bool] = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         wire.check_path(self.socket_path)
@@ -97,7 +108,8 @@ class UpdateReport:
     bytes : handed over; an alias counts once
     buckets : staging buckets they took
     seconds : by stage; `verify` and `copy` were spent by the receiver, inside `wait`
-    mode : "bucket": packed into staging buckets; "plan": and replayed by SGLang's loader
+    mode : "bucket": packed into staging buckets; "plan": and replayed by SGLang's loader;
+        "direct": read from the trainer's own memory, nothing packed; "direct+bucket": some of it
     names_from : what names were checked against: "module", "expected", "expect", "checkpoint",
         "engine" or "unchecked"
     engines : with a list of targets, what became of each; the figures above are of the first that
@@ -182,7 +194,7 @@ class Publisher:
         timeout: float = 30.0,
         on_failure: str = "isolate",
     ):
-        targets = list(target) if isinstance(target, list | tuple) else [target]
+        targets: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
         for one in targets:
             if not isinstance(one, Target):
                 raise TypeError(
@@ -211,6 +223,7 @@ class Publisher:
         self._plan: Plan | None = None  # of the last update
         self._module: gather.Checkpoint | ModuleState | None = None
         self._last: _Last | None = None
+        self._direct = all(one.direct for one in targets)
         self._several = isinstance(target, list | tuple)
         self._all_or_none = on_failure == "all"
         self._engines = [_Engine(one, self._timeout) for one in targets]
@@ -352,12 +365,14 @@ class Publisher:
                 self._module = (gather.Checkpoint if known else ModuleState)(named_tensors)
             named_tensors = self._module.tensors()
         source = Source(named_tensors)
-        if self._plan is not None and source.fits(self._plan.source):
-            self._plan.take(source)
+        exports = source.exports() if self._direct else []
+        plan = self._plan
+        if plan is not None and source.fits(plan.source) and exports == plan.exports:
+            plan.take(source)
         else:
-            self._plan = None
-            self._plan = Plan(source, self._bucket_bytes)
-        return self._plan
+            self._plan = None  # an error below must not leave the old one
+            self._plan = plan = Plan(source, self._bucket_bytes, exports)
+        return plan
 
     def _publish(
         self, engines: list[_Engine], plan: Plan, order: _Order, clock: Clock
@@ -516,23 +531,43 @@ class _Engine:
 class Plan:
     """What stays from update to update: the layout, and each bucket's copies but for addresses."""
 
-    def __init__(self, source: Source, bucket_bytes: int):
+    def __init__(self, source: Source, bucket_bytes: int, exports: list[memory.Export | None]):
         source.note()
         self.source = source
+        self.exports = exports
         self.sums: dict[int, list[int]] = {}  # of each bucket, as last packed with verify="copy"
         self.same_sums = False  # ensure(): the weights must be those of the update before
         self.device = source.placement()
-        self.layout = layouts.plan(source.specs(), bucket_bytes)
+        self.segments: list[memory.Segment] = []  # the trainer's own
+        self.layout = layouts.plan(
+            source.specs(self._direct()), bucket_bytes, [s.nbytes for s in self.segments]
+        )
         entries = self.layout.entries
         self.copies = [
             memory.Copies([(source.tensors[i], entries[i].offset) for i in pieces])
-            for pieces in self.layout.pieces
+            for pieces in self.layout.pieces[: self.layout.staged]
         ]
+
+    def _direct(self) -> list[tuple[int, int] | None]:
+        """Of each exportable tensor, its segment and offset."""
+        numbers: dict[bytes, int] = {}
+        places: list[tuple[int, int] | None] = []
+        for tensor, export in zip(self.source.tensors, self.exports, strict=False):
+            if export is None or len(numbers) == layouts.MAX_DIRECT:
+                places.append(None)
+                continue
+            handle, offset = export
+            if handle.id not in numbers:
+                numbers[handle.id] = len(self.segments)
+                address = tensor.data_ptr() - offset
+                self.segments.append(memory.exporting(handle, address, tensor.device))
+            places.append((numbers[handle.id], offset))
+        return places
 
     def take(self, source: Source) -> None:
         """Another update of the same form."""
         self.source.take(source)
-        for copies, pieces in zip(self.copies, self.layout.pieces, strict=True):
+        for copies, pieces in zip(self.copies, self.layout.pieces, strict=False):
             addresses = [source.addresses[i] for i in pieces]
             copies.refill([source.tensors[i] for i in pieces], addresses)
 
@@ -548,6 +583,14 @@ class Plan:
             copies.clear()
 
 
+_MODES = {
+    (True, False): "bucket",
+    (False, True): "direct",
+    (True, True): "direct+bucket",
+    (False, False): "bucket",
+}
+
+
 class _Session:
     """A connection and the staging ring that the other side has opened."""
 
@@ -559,6 +602,9 @@ class _Session:
         self._ring = memory.Ring([])
         self._device = torch.device("cpu")
         self._transaction = 0
+        self._opened: list[bytes] = []  # the trainer's own segments, as the receiver has them
+        self._handed: dict[int, int] = {}  # of those, generation by number, not acknowledged yet
+        self._generation = 0
         self._retiring = False  # RETIRE was sent, RETIRED has not come yet
         self._digest = b""
         try:
@@ -580,7 +626,7 @@ class _Session:
         straight = self.welcome.names_from == "module"
         names = [entry.name for entry in layout.entries]
         return Outcome(
-            mode="bucket",
+            mode=_MODES[bool(layout.staged), layout.staged < len(layout.buckets)],
             names_from=self.welcome.names_from,
             tensors=len(names),
             planned=len(names) if straight else 0,
@@ -618,7 +664,7 @@ class _Session:
 
     def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
         """Have slots that are large enough, on the right device, open on both sides."""
-        wanted = min(buffers, len(layout.buckets))
+        wanted = min(buffers, layout.staged)
         slots = self._ring.slots
         large = all(slot.segment.nbytes >= layout.slot_bytes for slot in slots)
         if len(slots) >= wanted and large and (device == self._device or not wanted):
@@ -626,9 +672,10 @@ class _Session:
         nbytes = max([layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
         if slots:
             # The importer closes before the exporter frees.
-            self._send(Type.RETIRE)
+            self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
             self._expect(Type.RETIRED)
             self._ring.close()
+            self._opened = []
         self._device = device
         self._ring = memory.Ring([])
         segments: list[memory.Segment] = []
@@ -646,6 +693,7 @@ class _Session:
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         """Pack and hand over every bucket; returns when the receiver serves the new version."""
         threads = torch.get_num_threads()
+        self._announce(plan.segments)
         for bucket, copies in enumerate(plan.copies):
             slot = self._ring.free_slot()
             while slot is None:
@@ -661,18 +709,56 @@ class _Session:
             self.handed_over = True
             self._send(Type.BUCKET, message.encode())
             clock.lap("pack")
-        while any(slot.state is memory.State.READY for slot in self._ring.slots):
+        for bucket in range(plan.layout.staged, len(plan.layout.buckets)):
+            self._hand_over(plan, bucket, verify, threads)
+            clock.lap("sum")
+        while self._handed or any(s.state is memory.State.READY for s in self._ring.slots):
             self._await_ack()
         applied = wire.Applied.decode(self._expect(Type.APPLIED).body)
         self.settled = True
         clock.lap("wait")
         return applied
 
+    def _announce(self, segments: list[memory.Segment]) -> None:
+        """Have the trainer's own segments open on the other side, and no others."""
+        wanted = [segment.handle.id for segment in segments]
+        if wanted == self._opened:
+            return
+        if self._opened:
+            self._send(Type.RETIRE, wire.Retire(direct_only=True).encode())
+            self._expect(Type.RETIRED)
+        self._opened = []
+        for number, segment in enumerate(segments):
+            info = wire.SegmentInfo(wire.MAX_SLOTS + number, segment.handle)
+            fds = [] if segment.fd is None else [segment.fd]
+            self._send(Type.SEGMENT, info.encode(), fds)
+            self._expect(Type.OPENED)
+        # The receiver closes memory of a GPU at the end of each update.
+        cuda = any(segment.handle.kind is memory.Kind.CUDA for segment in segments)
+        self._opened = [] if cuda else wanted
+
+    def _hand_over(self, plan: Plan, bucket: int, verify: bool, threads: int) -> None:
+        """A bucket that lies in the trainer's own memory: the engine copies from there."""
+        number = plan.layout.segments[bucket] - 1
+        segment = plan.segments[number]
+        sums = segment.sums(plan.layout.ranges[bucket], threads=threads) if verify else []
+        segment.finish()
+        plan.note_sums(bucket, sums)
+        self._generation += 1
+        slot = wire.MAX_SLOTS + number
+        while slot in self._handed:  # another bucket of the same segment
+            self._await_ack()
+        self._handed[slot] = self._generation
+        self.handed_over = True
+        message = wire.Bucket(bucket, slot, self._generation, tuple(sums))
+        self._send(Type.BUCKET, message.encode())
+
     def release_staging(self) -> None:
         if not self._ring.slots or self._retiring:
             return
-        self._send(Type.RETIRE)
+        self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
         self._retiring = True
+        self._opened = []
         if self._device.type == "cuda":
             self._await_retired()  # the importer closes before the exporter frees
         self._ring.close()
@@ -710,7 +796,10 @@ class _Session:
 
     def _await_ack(self) -> None:
         ack = wire.Ack.decode(self._expect(Type.ACK).body)
-        self._ring.ack(ack.slot, ack.generation)
+        if ack.slot < wire.MAX_SLOTS:
+            self._ring.ack(ack.slot, ack.generation)
+        elif self._handed.pop(ack.slot, None) != ack.generation:
+            raise ProtocolError(f"acknowledged segment {ack.slot}: never sent")
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout

@@ -192,9 +192,9 @@ class Receiver:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return True
-        except OSError as error:
+        except OSError as full:
             # Out of descriptors: whoever knocks goes on waiting, and so does this side, a little.
-            self.last_error = StagingError(f"no socket: {error.strerror} (ulimit -n)")
+            self.last_error = StagingError(f"no socket: {full.strerror} (ulimit -n)")
             time.sleep(0.01)
             return False
         channel = wire.Channel(sock)
@@ -218,7 +218,7 @@ class Receiver:
             self._send(Type.WELCOME, 0, welcome.encode())
             session.greeted = True
         elif frame.type is Type.RETIRE and session.greeted:
-            session.close_segments()
+            session.retire(wire.Retire.decode(frame.body))
             self._send(Type.RETIRED, frame.transaction)
         elif frame.type is Type.CLOSE:
             session.close_segments()
@@ -288,12 +288,14 @@ class Receiver:
             bucket = self._next_bucket(session)
             segment = session.take(bucket, number, layout, begin.verify)
             start = time.perf_counter()
-            if begin.verify:
+            # A direct bucket is the trainer's memory itself: nothing lies in between, and what goes
+            # into the engine is summed on the way.
+            if begin.verify and not (layout.segments[number] and self._engine.sums_copies):
                 self._verify(segment, layout, bucket, threads)
             verify_seconds += time.perf_counter() - start
             waiting.append((bucket, segment))
             # All or nothing where the ring holds everything; else a slot must come free.
-            if len(layout.buckets) <= len(session.segments) and number + 1 < len(layout.buckets):
+            if layout.staged <= len(session.segments) and number + 1 < layout.staged:
                 continue
             start = time.perf_counter()
             for ready, memory_of in waiting:
@@ -303,6 +305,8 @@ class Receiver:
                 self._send(Type.ACK, session.transaction, ack.encode())
             waiting.clear()
             copy_seconds += time.perf_counter() - start
+        # torch may free a GPU's memory as soon as the trainer goes on.
+        session.close_direct(memory.Kind.CUDA)
         return verify_seconds, copy_seconds
 
     def _verify(
@@ -321,7 +325,7 @@ class Receiver:
                 if frame.type is Type.BUCKET:
                     return wire.Bucket.decode(frame.body)
                 if frame.type is Type.RETIRE:
-                    session.close_segments()
+                    session.retire(wire.Retire.decode(frame.body))
                     self._send(Type.RETIRED, session.transaction)
                 elif frame.type is Type.SEGMENT:
                     index = session.open(wire.SegmentInfo.decode(frame.body), frame.fds)
@@ -359,7 +363,8 @@ class _Session:
         self.greeted = False
         self.transaction = 0
         self.segments: list[memory.Segment] = []
-        self._generations: list[int] = []
+        self.direct: list[memory.Segment] = []  # the trainer's own
+        self._generations: dict[int, int] = {}  # by number
         self._manifest: tuple[bytes, layouts.Layout] | None = None
 
     def manifest(self, begin: wire.Begin, fds: list[int]) -> layouts.Layout:
@@ -380,37 +385,60 @@ class _Session:
         self._manifest = None
 
     def open(self, info: wire.SegmentInfo, fds: list[int]) -> int:
-        if info.index != len(self.segments):
-            raise ProtocolError(f"SEGMENT {info.index}, wanted {len(self.segments)}")
-        if any(segment.handle.id == info.handle.id for segment in self.segments):
+        segments, first = self._row(info.index)
+        if info.index - first != len(segments):
+            raise ProtocolError(f"SEGMENT {info.index}, wanted {first + len(segments)}")
+        if any(one.handle.id == info.handle.id for one in (*self.segments, *self.direct)):
             raise ProtocolError("SEGMENT opened twice")
-        self.segments.append(memory.open_segment(info.handle, fds))
-        self._generations.append(0)
+        segments.append(memory.open_segment(info.handle, fds))
+        self._generations[info.index] = 0
         return info.index
+
+    def _row(self, index: int) -> tuple[list[memory.Segment], int]:
+        """The list that a segment number belongs to, and the number of its first."""
+        if index < wire.MAX_SLOTS:
+            return self.segments, 0
+        return self.direct, wire.MAX_SLOTS
 
     def take(
         self, bucket: wire.Bucket, number: int, layout: layouts.Layout, verify: bool
     ) -> memory.Segment:
         """The segment of a bucket, after every number in the message has been checked."""
         wanted_sums = len(layout.pieces[number]) if verify else 0
+        segments, first = self._row(bucket.slot)
+        own = layout.segments[number]
         if (
             bucket.bucket != number
-            or bucket.slot >= len(self.segments)
+            or bucket.slot - first >= len(segments)
+            or (bucket.slot != wire.MAX_SLOTS + own - 1 if own else bucket.slot >= wire.MAX_SLOTS)
             or bucket.generation <= self._generations[bucket.slot]
             or len(bucket.sums) != wanted_sums
-            or layout.buckets[number] > self.segments[bucket.slot].nbytes
+            or layout.buckets[number] > segments[bucket.slot - first].nbytes
         ):
             raise ProtocolError(
                 f"BUCKET {bucket.bucket} (wanted {number}), slot {bucket.slot}, generation "
                 f"{bucket.generation}, {len(bucket.sums)} sums (wanted {wanted_sums})"
             )
         self._generations[bucket.slot] = bucket.generation
-        return self.segments[bucket.slot]
+        return segments[bucket.slot - first]
+
+    def retire(self, what: wire.Retire) -> None:
+        if what.direct_only:
+            self.close_direct()
+        else:
+            self.close_segments()
 
     def close_segments(self) -> None:
         while self.segments:
             self.segments.pop().close()
+        self.close_direct()
         self._generations.clear()
+
+    def close_direct(self, kind: memory.Kind | None = None) -> None:
+        """All of the trainer's own segments, or none if the first is of another kind."""
+        if self.direct and kind in (None, self.direct[0].handle.kind):
+            while self.direct:
+                self.direct.pop().close()
 
     def close(self) -> None:
         self.close_segments()

@@ -145,12 +145,13 @@ class PlanEngine:
     """
 
     names_from = "module"
+    sums_copies = True
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._now: _Known | None = None
-        self._layout = layouts.Layout((), ())
+        self._layout = layouts.Layout((), (), ())
 
     def check(self, layout: layouts.Layout, partial: bool) -> None:
         """Find or record the plan; load_weights is tried without data, and nothing is written."""

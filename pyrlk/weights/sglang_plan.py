@@ -380,7 +380,8 @@ class _Link:
 
     def retire(self, transaction: int, deadline: float) -> None:
         if self._opened:
-            self.channel.send(Frame(Type.RETIRE, transaction), deadline)
+            retire = wire.Retire(direct_only=False).encode()
+            self.channel.send(Frame(Type.RETIRE, transaction, retire), deadline)
             wire.accept(self.channel.recv(deadline), Type.RETIRED, transaction)
             self._opened.clear()
 

@@ -155,7 +155,7 @@ class ServerSession:
             self._chosen = self._names().select(layout, partial, dtype)
             keep = {i for part in self._chosen for i in part}
             entries = tuple(e for i, e in enumerate(layout.entries) if i in keep or not e.nbytes)
-            self._sent = layout, partial, layouts.Layout(entries, layout.buckets)
+            self._sent = layout, partial, layouts.Layout(entries, layout.buckets, layout.segments)
         return self._sent[2]
 
     def _names(self) -> manifest.Manifest:

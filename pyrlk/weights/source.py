@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,7 +115,14 @@ class Source(Table):
         """Where to stage."""
         return memory.placement(zip(self.names, self.tensors, strict=True))
 
-    def specs(self) -> list[layouts.Spec]:
+    def exports(self) -> list[memory.Export | None]:
+        """Of each tensor, where an engine could read it without staging; empty for none at all."""
+        if not memory.exportable() and all(t.device.type == "cpu" for t in self.tensors):
+            return []
+        found = memory.Exports()
+        return [found.find(tensor) for tensor in self.tensors]
+
+    def specs(self, direct: Sequence[tuple[int, int] | None] | None = None) -> list[layouts.Spec]:
         """Specs with aliases: the same memory, read the same way, is sent once."""
         owners: dict[tuple, int] = {}
         specs = []
@@ -124,7 +131,8 @@ class Source(Table):
             key = (tensor.device, tensor.data_ptr(), shape, tensor.stride(), tensor.dtype)
             owner = owners.setdefault(key, index) if tensor.numel() else index
             alias = None if owner == index else owner
-            specs.append(layouts.Spec(name, shape, tensor.dtype, alias))
+            place = direct[index] if direct else None
+            specs.append(layouts.Spec(name, shape, tensor.dtype, alias, place))
         return specs
 
     def _check(self) -> None:

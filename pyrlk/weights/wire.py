@@ -6,7 +6,7 @@
     publisher → receiver                          receiver → publisher
     HELLO    nonce                                WELCOME  boot nonce, version, dirty, names_from
     SEGMENT  index, handle [+ descriptor]         OPENED   index
-    RETIRE   (all segments)                       RETIRED
+    RETIRE   all segments, or the trainer's own   RETIRED
     BEGIN    version, flags, digest [+ manifest]  CHECKED  | FAILED
     BUCKET   bucket, slot, generation, sums       ACK      bucket, slot, generation
                                                   APPLIED  version, …  | FAILED code, dirty, message
@@ -40,11 +40,11 @@ from pathlib import Path
 
 from . import memory
 from .errors import PeerLost, ProtocolError, StagingError, Timeout, UpdateError, from_code
-from .layout import MAX_MANIFEST, MAX_PIECES
+from .layout import MAX_DIRECT, MAX_MANIFEST, MAX_PIECES
 
 PROTOCOL = 1
 MAX_BODY = 60 << 10
-MAX_SLOTS = 64
+MAX_SLOTS = 64  # segments numbered from here on are the trainer's own (direct)
 _MAGIC = b"PRLK"
 _HEADER = struct.Struct("<4sHHQII")
 _MAX_FDS = 1
@@ -74,6 +74,7 @@ class State(enum.Enum):
     """How far a connection has come, as each side sees it: named by the last frame."""
 
     CONNECTED = "nothing was said yet"
+    ATTACHED = "a loader has called; it is one of the publisher's ranks"
     GREETING = "HELLO is under way"
     GREETED = "the receiver has named itself; between updates"
     JUDGING = "BEGIN is under way: names, shapes, dtypes, version"
@@ -86,12 +87,14 @@ class State(enum.Enum):
     COPIED = "a bucket is in the engine"
     APPLIED = "the version is the new one"
     REFUSED = "the update is off"
+    REPORTING = "a loader says what it did with which tensor"
     CLOSING = "the publisher takes its leave"
     CLOSED = "nothing is left"
 
 
 # ATTACH, STATUS and REASON only add to the state in which they are sent.
 _STATE_AFTER = {
+    Type.ATTACH: State.ATTACHED,
     Type.HELLO: State.GREETING,
     Type.WELCOME: State.GREETED,
     Type.SEGMENT: State.OPENING,
@@ -104,6 +107,8 @@ _STATE_AFTER = {
     Type.ACK: State.COPIED,
     Type.APPLIED: State.APPLIED,
     Type.FAILED: State.REFUSED,
+    Type.STATUS: State.REPORTING,
+    Type.REASON: State.REPORTING,
     Type.CLOSE: State.CLOSING,
     Type.CLOSED: State.CLOSED,
 }
@@ -214,7 +219,12 @@ class SegmentInfo:
     @classmethod
     def decode(cls, body: bytes) -> SegmentInfo:
         index, kind, nbytes, ident, uuid, ipc, offset = _unpack(cls._form, body, "SEGMENT")
-        if index >= MAX_SLOTS or kind not in (0, 1) or not 0 < nbytes < 1 << 62 or offset >> 62:
+        if (
+            index >= MAX_SLOTS + MAX_DIRECT
+            or kind not in (0, 1)
+            or not 0 < nbytes < 1 << 62
+            or offset >> 62
+        ):
             raise ProtocolError(f"SEGMENT: index {index}, kind {kind}, {nbytes} bytes, +{offset}")
         handle = memory.Handle(memory.Kind(kind), nbytes, ident, uuid, ipc, offset)
         return cls(index, handle)
@@ -232,6 +242,21 @@ class Opened:
     @classmethod
     def decode(cls, body: bytes) -> Opened:
         return cls(*_unpack(cls._form, body, "OPENED"))
+
+
+@dataclass(frozen=True)
+class Retire:
+    direct_only: bool
+
+    _form = struct.Struct("<B")
+
+    def encode(self) -> bytes:
+        return self._form.pack(self.direct_only)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Retire:
+        (direct_only,) = _unpack(cls._form, body, "RETIRE")
+        return cls(_flag(direct_only, "RETIRE"))
 
 
 @dataclass(frozen=True)

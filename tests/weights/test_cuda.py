@@ -134,6 +134,57 @@ def test_a_gpu_is_found_by_its_uuid(driver):
     )
 
 
+TENSOR = """
+import torch
+class Tensor:  # what Exports asks of one, at an address of the fake driver
+    device = torch.device("cuda", 1)
+    def __init__(self, at, size=64): self.at, self.size = at, size
+    def is_contiguous(self): return True
+    def numel(self): return self.size // 4
+    def element_size(self): return 4
+    def data_ptr(self): return self.at
+    def untyped_storage(self): return Storage(self)
+    nbytes = property(lambda self: self.size)
+class Storage:
+    def __init__(self, tensor): self.tensor = tensor
+    def data_ptr(self): return self.tensor.at
+    def nbytes(self): return self.tensor.size
+"""
+FIND = """
+from pyrlk import _C
+at = _C.cuda_alloc(1, 4096)
+exports = memory.Exports()
+found = [exports.find(Tensor(at + k)) for k in (0, 512, 1024, 1026)]
+"""
+
+
+def test_a_trainers_tensor_is_found_in_its_allocation_by_one_handle(driver, tmp_path):
+    log = tmp_path / "log"
+    code = (
+        TENSOR
+        + FIND
+        + """
+first, second, third, odd = found
+assert odd is None  # misaligned: staged
+assert first.handle is second.handle is third.handle
+assert (first.offset, second.offset, third.offset) == (2048, 2560, 3072)
+assert first.handle.kind is memory.Kind.CUDA
+print(first.handle.uuid.hex(), first.handle.nbytes, first.handle.offset)
+assert exports.find(Tensor(at + 4000, 200)) is None  # leaves the allocation
+_C.cuda_free(1, at)
+"""
+    )
+    out = run(code, PYRLK_LIBCUDA=driver, FAKE_CUDA_LOG=str(log))
+    assert out == f"{'a1' * 16} 6144 0\n"
+    calls = [entry.split()[1] for entry in log.read_text().splitlines()]
+    assert calls.count("export") == 1
+
+
+def test_a_tensor_of_another_allocator_is_staged(driver):
+    code = TENSOR + FIND + "print(found); _C.cuda_free(1, at)"
+    assert run(code, PYRLK_LIBCUDA=driver, FAKE_CUDA_NO_EXPORT="1") == "[None, None, None, None]\n"
+
+
 @pytest.mark.distributed
 def test_the_importer_closes_before_the_exporter_frees(driver, start, tmp_path):
     log = tmp_path / "log"

@@ -30,7 +30,10 @@ def held() -> Held:
         resident = next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
     with open("/proc/self/maps") as file:
         mappings = sum("pyrlk" in line or "/dev/shm" in line for line in file)
-    return Held(resident, len(os.listdir("/proc/self/fd")), mappings, len(os.listdir("/dev/shm")))
+    # Files of the whole machine: those that are, or could be, this process's.
+    ours = ("pyrlk", f"torch_{os.getpid()}_")
+    shared = sum(name.startswith(ours) for name in os.listdir("/dev/shm"))
+    return Held(resident, len(os.listdir("/proc/self/fd")), mappings, shared)
 
 
 def make_model(seed: int) -> nn.Module:

@@ -21,6 +21,7 @@ BODIES = {
     Type.WELCOME: wire.Welcome(b"b" * 16, -1, False, "module"),
     Type.SEGMENT: wire.SegmentInfo(1, memory.Handle(memory.Kind.HOST, 4096, b"i" * 16)),
     Type.OPENED: wire.Opened(3),
+    Type.RETIRE: wire.Retire(True),
     Type.BEGIN: wire.Begin(7, True, False, b"d" * 32, 99),
     Type.BUCKET: wire.Bucket(2, 1, 5, (1, 2**64 - 1)),
     Type.ACK: wire.Ack(2, 1, 5),
@@ -28,7 +29,7 @@ BODIES = {
     Type.FAILED: wire.Failed(2, True, "naïve"),
 }
 SEEDS = [Frame(kind, 3, body.encode()).encode() for kind, body in BODIES.items()]
-SEEDS += [Frame(Type.RETIRE, 1).encode(), Frame(Type.CLOSE, 2**64 - 1).encode()]
+SEEDS += [Frame(Type.CHECKED, 1).encode(), Frame(Type.CLOSE, 2**64 - 1).encode()]
 KNOWN = frozenset(SEEDS)
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
 
@@ -39,8 +40,11 @@ LAYOUT = layout.plan(
         layout.Spec("ß", (3,), torch.uint8),
         layout.Spec("empty", (0, 4), torch.float32),
         layout.Spec("big", (300,), torch.float32),
+        layout.Spec("own", (9,), torch.float32, direct=(1, 4)),
+        layout.Spec("part of it", (2,), torch.float32, direct=(1, 8)),
     ],
     512,
+    segments=[100, 64],
 )
 
 

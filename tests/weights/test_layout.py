@@ -84,15 +84,15 @@ def test_noise_is_no_manifest(data):
 
 
 def test_huge_counts_are_refused_before_anything_is_allocated():
-    head = layout._HEAD.pack(b"PRLM", 1, 0, 0, 1)
+    head = layout._HEAD.pack(b"PRLM", 2, 0, 0, 1)
     entry = layout._ENTRY.pack(1, 8, 3, 0, 0)
     sizes = (1 << 62).to_bytes(8, "little") * 3
     with pytest.raises(ProtocolError, match="leaves bucket"):
         layout.decode(head + entry + sizes + b"x")
     with pytest.raises(ProtocolError, match="ends at byte"):
-        layout.decode(layout._HEAD.pack(b"PRLM", 1, 0, 0, 1 << 20))
+        layout.decode(layout._HEAD.pack(b"PRLM", 2, 0, 0, 1 << 20))
     with pytest.raises(ProtocolError, match="tensors"):
-        layout.decode(layout._HEAD.pack(b"PRLM", 1, 0, 0, 0xFFFFFFFF))
+        layout.decode(layout._HEAD.pack(b"PRLM", 2, 0, 0, 0xFFFFFFFF))
 
 
 def test_overlapping_tensors_are_refused():
@@ -100,10 +100,10 @@ def test_overlapping_tensors_are_refused():
     first, second = plan.entries
     moved = layout.Entry("b", (100,), torch.float32, 0, 256, 400)
     with pytest.raises(ProtocolError, match="overlaps"):
-        layout.decode(layout.Layout((first, moved), (656,)).encoded)
+        layout.decode(layout.Layout((first, moved), (656,), (0,)).encoded)
     other = layout.Entry("b", (100,), torch.int32, 0, 0, 400)
     with pytest.raises(ProtocolError, match="alias"):
-        layout.decode(layout.Layout((first, other), (400,)).encoded)
+        layout.decode(layout.Layout((first, other), (400,), (0,)).encoded)
     assert second.offset == 512
 
 

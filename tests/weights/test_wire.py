@@ -20,6 +20,7 @@ BODIES = [
     wire.Welcome,
     wire.SegmentInfo,
     wire.Opened,
+    wire.Retire,
     wire.Begin,
     wire.Bucket,
     wire.Ack,
@@ -31,6 +32,7 @@ GOOD = [
     wire.Welcome(b"b" * 16, -1, False, "module"),
     wire.SegmentInfo(1, memory.Handle(memory.Kind.HOST, 4096, b"i" * 16)),
     wire.Opened(3),
+    wire.Retire(True),
     wire.Begin(7, True, False, b"d" * 32, 99),
     wire.Bucket(2, 1, 5, (1, 2**64 - 1)),
     wire.Ack(2, 1, 5),
@@ -197,3 +199,9 @@ def test_a_manifest_that_could_change_is_refused():
     with pytest.raises(ProtocolError, match="4 bytes of 5"):
         wire.read_manifest(fd, 5)
     os.close(fd)
+
+
+def test_every_frame_leads_to_a_state():
+    assert set(wire._STATE_AFTER) == set(Type)
+    reached = {wire.State.CONNECTED, *wire._STATE_AFTER.values()}
+    assert reached == set(wire.State)
