@@ -1,11 +1,11 @@
-# demo · test · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
+# demo · test · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo test test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
+.PHONY: setup build demo test test-sglang test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -56,6 +56,15 @@ test-peers: $(PEERS)/.ready
 	PATH=$(CURDIR)/$(PEERS)/bin:$$PATH $(PEERS)/bin/python setup.py -q build_ext --inplace
 	$(PEERS)/bin/pytest tests/peers $(ARGS)
 
+# A real SGLang server on the CPU, in an environment of its own. Output goes to a file: processes
+# that servers leave behind would hold a pipe open.
+SGLANG := .venv-sglang
+
+test-sglang: build
+	tests/sglang/install.sh $(SGLANG) $(SGLANG)/pyrlk-site
+	PYRLK_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)/bin/python PYRLK_SGLANG_SITE=$(CURDIR)/$(SGLANG)/pyrlk-site \
+	  $(BIN)/pytest tests/sglang $(ARGS)
+
 bench: build
 	$(BIN)/pyrlk bench --write bench/results $(ARGS)
 
@@ -72,4 +81,4 @@ docs: build
 	$(BIN)/python -m pyrlk.bench.table README.md bench/results
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(PEERS) pyrlk/_C*.so
+	rm -rf build dist *.egg-info $(VENV) $(PEERS) $(SGLANG) pyrlk/_C*.so

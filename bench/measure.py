@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +50,9 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    sides: dict[str, Callable[[], object]],
+    sides: Mapping[str, Callable[[], object]],
     *,
-    before: dict[str, Callable[[], object]] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
     rounds: int,
     warmup: int = 2,
 ) -> dict[str, Timing]:

@@ -1,7 +1,8 @@
-"""sample with top-k 50 and top-p 0.95, log-probs and support, on [B, V] float32 logits.
+"""sample with log-probs and support on [B, V] float32: top-k 50 + top-p 0.95, and flat rows.
 
 Limit, measured in the same rounds: one copy of the logits into warm memory. Beside it the usual
-torch sampler: sort, softmax, cumulative sum, mask, multinomial, log-softmax.
+torch sampler: sort, softmax, cumulative sum, mask, multinomial, log-softmax. Flat rows (a spread of
+0.001, top-p 0.95 alone) are the worst case: no bound leaves out a token, and 95 % of V are kept.
 """
 
 from __future__ import annotations
@@ -13,36 +14,42 @@ from pyrlk import reference
 
 from .measure import interleaved
 
-TOP_K, TOP_P = 50, 0.95
+# Spread of the logits and filters by name.
+CASES: dict[str, tuple[float, dict]] = {
+    "sample top-k 50 + top-p 0.95": (3.0, {"top_k": 50, "top_p": 0.95}),
+    "sample top-p 0.95, flat rows": (1e-3, {"top_p": 0.95}),
+}
 
 
-def _sorting_sampler(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sorting_sampler(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0):
     ranked, ids = logits.sort(dim=-1, descending=True)
-    ranked[:, TOP_K:] = -torch.inf
+    if top_k:
+        ranked[:, top_k:] = -torch.inf
     probs = ranked.softmax(-1)
-    ranked = ranked.masked_fill(probs.cumsum(-1) - probs > TOP_P, -torch.inf)
+    ranked = ranked.masked_fill(probs.cumsum(-1) - probs > top_p, -torch.inf)
     logp = ranked.log_softmax(-1)
     pick = torch.multinomial(logp.exp(), 1)
     return ids.gather(1, pick)[:, 0], logp.gather(1, pick)[:, 0]
 
 
-def _draw(logits: torch.Tensor) -> pyrlk.Sample:
-    return pyrlk.sample(logits, seed=0, top_k=TOP_K, top_p=TOP_P, return_support=True)
-
-
-def run(rows: int, vocab: int, device: str, *, rounds: int) -> dict:
+def run(op: str, rows: int, vocab: int, device: str, *, rounds: int) -> dict:
     """One row of the table."""
+    scale, filters = CASES[op]
     g = torch.Generator().manual_seed(0)
-    logits = (torch.randn(rows, vocab, generator=g) * 3).to(device)
+    logits = (torch.randn(rows, vocab, generator=g) * scale).to(device)
     warm = torch.empty_like(logits)
-    draw = _draw(logits)
+
+    def sample() -> pyrlk.Sample:
+        return pyrlk.sample(logits, seed=0, return_support=True, **filters)
+
+    draw = sample()
     assert draw.support is not None
     some = slice(0, min(rows, 8))
-    truth = reference.sample(logits[some], seed=0, top_k=TOP_K, top_p=TOP_P)
+    truth = reference.sample(logits[some], seed=0, **filters)
     kept_equal = bool((draw.support.to_mask(vocab)[some].cpu() == truth.mask).all())
     error = (draw.logprob[some].cpu() - truth.logprob).abs().max().item()
     row = {
-        "op": "sample top-k 50 + top-p 0.95",
+        "op": op,
         "shape": [rows, vocab],
         "dtype": "float32",
         "kept_sets_equal": kept_equal,
@@ -53,8 +60,8 @@ def run(rows: int, vocab: int, device: str, *, rounds: int) -> dict:
     times = interleaved(
         {
             "copy": lambda: warm.copy_(logits),
-            "sample": lambda: _draw(logits),
-            "sort": lambda: _sorting_sampler(logits),
+            "sample": sample,
+            "sort": lambda: _sorting_sampler(logits, **filters),
         },
         rounds=rounds,
         warmup=2,
@@ -67,7 +74,10 @@ def run(rows: int, vocab: int, device: str, *, rounds: int) -> dict:
 
 
 def main(device: str, quick: bool) -> list[dict]:
-    """B = 1 and 64 (and 512 on a GPU)."""
+    """B = 1 and 64 (and 512 on a GPU), flat rows at 64."""
     vocab = 32000 if quick else 151936
+    usual, flat = CASES
     sizes = [1, 64] if device == "cpu" else [1, 64, 512]
-    return [run(b, vocab, device, rounds=5 if quick else 9) for b in sizes]
+    rounds = 5 if quick else 9
+    rows = [run(usual, b, vocab, device, rounds=rounds) for b in sizes]
+    return [*rows, run(flat, 64, vocab, device, rounds=rounds)]

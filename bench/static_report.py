@@ -55,7 +55,8 @@ _POINTERS = (
     | dict.fromkeys(_INT32, "*i32")
     | {"offsets_ptr": "*i64", "bits_ptr": "*i32", "status_ptr": "*u8"}
 )
-_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr", "spans_ptr", "list_ptr")
+_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+_SCRATCH = ("spans_ptr", "list_ptr")  # some of a row's logits
 
 _FREE = {"allowed_ptr": None}
 _SEARCH = _FREE | {"BLOCK": sample.CHUNK}
@@ -106,6 +107,9 @@ VARIANTS: list[tuple] = [
 ]
 
 
+_JUMP = r"\bBRA\b.* (0x\w+)"
+
+
 class Sweep(NamedTuple):
     """The code that takes one group: bytes read and written, and instructions, an element."""
 
@@ -154,7 +158,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
-        elif name in _LOGITS:
+        elif name in _LOGITS + _SCRATCH:
             signature[name] = f"*{dtype}"
             if aligned:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
@@ -192,6 +196,7 @@ def row_offset_bits(ttir: str) -> int:
     while todo:
         operation, operands, bits = made.get(todo.pop(), ("", [], None))
         if operation == "arith.muli":
+            assert bits is not None
             widths.append(int(bits[1]))
         # Quotients and remainders are row numbers: there a product is none of the offset.
         if operation in ("arith.muli", "arith.addi", "arith.extsi"):
@@ -218,31 +223,41 @@ def _read_nvidia(compiled):
 def find_sweeps(sass: str, elements: int) -> list[Sweep]:
     """Sweeps of a listing, in order, by a thread that takes so many elements of a group.
 
-    They are the blocks between branches and their targets that access global memory 16 bytes at a
-    time and without a predicate. A mask is one, so the part of a row that has a mask is none; nor
-    are stores of RZ, which clear.
+    They begin with the blocks that access global memory 16 bytes at a time and without a predicate,
+    and go on to the next conditional branch. A mask is a predicate, so the part of a row that has
+    one is no sweep; nor are stores of RZ, which clear.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
-    targets = {
-        int(found[1], 16) for _, code in lines if (found := re.search(r"BRA.* (0x\w+)", code))
-    }
-    blocks: list[list[str]] = [[]]
-    for address, code in lines:
-        if int(address, 16) in targets:
-            blocks.append([])
-        blocks[-1].append(code)
-        if re.search(r"\b(?:BRA|EXIT|RET)\b", code):
-            blocks.append([])
+    jumps = {int(found[1], 16) for _, code in lines if (found := re.search(_JUMP, code))}
+    blocks: dict[int, list[str]] = {}
+    fresh = True
+    for text, code in lines:
+        address = int(text, 16)
+        if fresh or address in jumps:
+            block = blocks.setdefault(address, [])
+        block.append(code)
+        fresh = re.search(r"\b(?:BRA|EXIT|RET)\b", code) is not None
+    order = list(blocks)
 
-    def wide(block, opcode):
+    def length(address: int) -> int:
+        block, after = blocks[address], order.index(address) + 1
+        last = block[-1]
+        if re.search(r"\b(?:EXIT|RET)\b", last) or (last.startswith("@") and "BRA" in last):
+            return len(block)
+        if (found := re.search(_JUMP, last)) is None:
+            return len(block) + (length(order[after]) if after < len(order) else 0)
+        target = int(found[1], 16)
+        return len(block) + (length(target) if target > address else 0)
+
+    def wide(block: list[str], opcode: str) -> int:
         return sum(bool(re.match(rf"{opcode}\S*\.128 (?!.*, RZ)", code)) for code in block)
 
-    found = []
-    for block in blocks:
+    sweeps = []
+    for address, block in blocks.items():
         read, written = (16 * wide(block, opcode) / elements for opcode in ("LDG", "STG"))
         if read or written:
-            found.append(Sweep(read, written, round(len(block) / elements, 2)))
-    return found
+            sweeps.append(Sweep(read, written, round(length(address) / elements, 2)))
+    return sweeps
 
 
 def _number(pattern: str, text: str) -> int:

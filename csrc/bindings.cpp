@@ -247,6 +247,37 @@ void bind_kernels(py::module_& module) {
       py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("allowed"), py::arg("joint"),
       py::arg("keep_ties"), py::arg("token"), py::arg("logprob"), py::arg("full_logprob"),
       py::arg("kept"), py::arg("status"), py::arg("support"), py::arg("threads"));
+  module.def(
+      "verify_draft",
+      [](const PyRows& target, const std::optional<PyRows>& draft, Address draft_tokens,
+         int64_t depth, Address temperature, Address top_k, Address top_p, Address min_p,
+         Address seed, Address position, Address token, Address accepted, Address logprob,
+         Address full_logprob, Address status, Support* support, int threads) {
+        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+        const pyrlk::Rows proposed = draft ? to_rows(*draft) : pyrlk::Rows{};
+        const pyrlk::VerifyArgs args{to_rows(target),
+                                     draft ? &proposed : nullptr,
+                                     int64s(draft_tokens),
+                                     depth,
+                                     floats(temperature),
+                                     floats(top_p),
+                                     floats(min_p),
+                                     int64s(top_k),
+                                     int64s(seed),
+                                     int64s(position),
+                                     int64s(token),
+                                     static_cast<int32_t*>(pointer(accepted)),
+                                     floats(logprob),
+                                     floats(full_logprob),
+                                     static_cast<uint8_t*>(pointer(status)),
+                                     support == nullptr ? nullptr : support->rows.data()};
+        const py::gil_scoped_release nogil;
+        return pyrlk::verify_draft(args, threads);
+      },
+      py::arg("target"), py::arg("draft"), py::arg("draft_tokens"), py::arg("depth"),
+      py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+      py::arg("position"), py::arg("token"), py::arg("accepted"), py::arg("logprob"),
+      py::arg("full_logprob"), py::arg("status"), py::arg("support"), py::arg("threads"));
 }
 
 // memory/: packing, shared memory, CUDA handles.

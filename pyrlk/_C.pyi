@@ -89,6 +89,25 @@ def sample(
     support: Support | None,
     threads: int,
 ) -> int: ...
+def verify_draft(
+    target: _Rows,
+    draft: _Rows | None,
+    draft_tokens: int,
+    depth: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    seed: int,
+    position: int,
+    token: int,
+    accepted: int,
+    logprob: int,
+    full_logprob: int,
+    status: int,
+    support: Support | None,
+    threads: int,
+) -> int: ...
 
 # memory: warm pages for large gradients (csrc/memory/warm_pages.h).
 def warm_tensor(shape: Sequence[int], dtype: int) -> object | None: ...

@@ -15,6 +15,8 @@ _HOME = {
     "replay": "sampling",
     "Sample": "sampling",
     "Support": "support",
+    "verify_draft": "speculative",
+    "Verified": "speculative",
     "token_logprobs": "logprob",
     "linear_token_logprobs": "linear",
     "dapo_loss": "loss",
@@ -48,7 +50,7 @@ _HOME = {
     "informative_groups": "batch",
     "soft_overlong_penalty": "batch",
     "DynamicSampler": "batch",
-    "empty_cache": "_op",
+    "empty_cache": "_warm",
 }
 _MODULES = ("reference", "weights")
 
@@ -57,8 +59,8 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from . import reference as reference
     from . import weights as weights
-    from ._op import empty_cache as empty_cache
     from ._plan import PolicyStats as PolicyStats
+    from ._warm import empty_cache as empty_cache
     from .batch import DynamicSampler as DynamicSampler
     from .batch import group_advantages as group_advantages
     from .batch import informative_groups as informative_groups
@@ -94,6 +96,8 @@ if TYPE_CHECKING:
     from .sampling import Sample as Sample
     from .sampling import replay as replay
     from .sampling import sample as sample
+    from .speculative import Verified as Verified
+    from .speculative import verify_draft as verify_draft
     from .support import Support as Support
 
 

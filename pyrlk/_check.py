@@ -277,9 +277,9 @@ def normalizer_value(x: Tensor | None) -> None:
         raise ValueError(f"normalizer must be finite and > 0, got {x.item()}")
 
 
-def bad_token(at: int, tokens: Tensor, vocab: int) -> None:
+def bad_token(at: int, tokens: Tensor, vocab: int, prefix: str = "") -> None:
     """Turns a kernel's answer (first bad index, or −1) into an error."""
     if at >= 0:
         token = int(tokens.reshape(-1)[at])
         where = "its support" if 0 <= token < vocab else f"[0, {vocab})"
-        raise ValueError(f"tokens[{at}] = {token} is outside {where}")
+        raise ValueError(f"{prefix}tokens[{at}] = {token} is outside {where}")

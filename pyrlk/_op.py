@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import typing
 from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.dlpack import from_dlpack
 
-from . import _C, _check
+from . import _C, _check, _warm
 
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
@@ -123,37 +120,9 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
 
 
-# From here on malloc keeps nothing for later: every allocation is a fresh mapping.
-_WARM_BYTES = 32 << 20
-
-
 def empty_gradient(logits: Tensor) -> Tensor:
-    """Memory for a gradient: contiguous, whatever the strides of the logits are.
-
-    Large ones on the CPU lie in pages that stay warm from step to step (csrc/memory/warm_pages.h),
-    unless PYRLK_WARM_GRADIENTS=0.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and logits.device.type == "cpu"
-        and not isinstance(logits, FakeTensor)
-        and logits.nbytes >= _WARM_BYTES
-        and os.environ.get("PYRLK_WARM_GRADIENTS") != "0"
-    ):
-        made = _C.warm_tensor(logits.shape, _DTYPE_CODE[logits.dtype])
-        if made is not None:
-            return from_dlpack(made)
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def empty_cache() -> int:
-    """Return the memory of freed CPU gradients to the system; gives its size in bytes.
-
-    The memory of a gradient of 32 MiB or more is kept for the next step when its last tensor is
-    gone: at most two, and no more than were in use at once. The system may take it back by itself
-    when it is short. PYRLK_WARM_GRADIENTS=0 keeps none.
-    """
-    return _C.release_warm_pages()
+    """Memory for a gradient: contiguous, whatever the strides of the logits are."""
+    return _warm.empty_like(logits, _DTYPE_CODE[logits.dtype])
 
 
 def _scale_cpu(x: Tensor, factor: Tensor) -> None:

@@ -294,6 +294,45 @@ def sample(logits, *, temperature=1.0, seed, position=0, allowed=None, **filters
     )
 
 
+def verify_draft(
+    target_logits, draft_tokens, draft_logits=None, *, temperature=1.0, seed, position=0, **filters
+):
+    """(tokens, accepted, logprob) of `pyrlk.verify_draft` in float64; finite τ > 0 only."""
+    batch, last = target_logits.shape[0], target_logits.shape[1] - 1
+    tokens = torch.full((batch, last + 1), -1)
+    logprob = torch.zeros(batch, last + 1, dtype=torch.float64)
+    accepted = torch.zeros(batch, dtype=torch.int32)
+    tau = _row_values(temperature, batch)
+    for b in range(batch):
+        own = int(seed[b]) if isinstance(seed, Tensor) else seed + b
+        at = int(position[b]) if isinstance(position, Tensor) else position
+        rows = {
+            k: v[b].expand(last + 1) if isinstance(v, Tensor) else v for k, v in filters.items()
+        }
+        keep = kept_mask(target_logits[b], temperature=tau[b].expand(last + 1), **rows)
+        z = torch.where(keep, _clean_logits(target_logits[b]) / tau[b], -math.inf)
+        target = z.softmax(-1)
+        for i in range(last + 1):
+            p, weights, stream = target[i], target[i], 0
+            if i < last:
+                x, u = int(draft_tokens[b, i]), uniform_bits(own, at + i, 1) / 2.0**64
+                q = torch.zeros_like(p).index_fill(0, torch.tensor(x), 1.0)
+                if draft_logits is not None:
+                    q = _clean_logits(draft_logits[b, i : i + 1])[0].softmax(-1)
+                if u * q[x] < p[x]:
+                    tokens[b, i], logprob[b, i] = x, p[x].log()
+                    accepted[b] += 1
+                    continue
+                left = (p - q).clamp(min=0)
+                weights, stream = (left if left.sum() > 0 else p), 2
+            running = weights.cumsum(0)
+            u = uniform_bits(own, at + i, stream) / 2.0**64
+            tokens[b, i] = int((running > u * running[-1]).to(torch.int8).argmax())
+            logprob[b, i] = p[tokens[b, i]].log()
+            break
+    return tokens, accepted, logprob
+
+
 def _clean_logits(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
     """NaN and what a grammar forbids count as −inf; +inf logits share the top equally, nothing else
     has mass beside them."""

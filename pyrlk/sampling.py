@@ -24,7 +24,7 @@ from .support import Support
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
 _ORDERS = ("top_k_first", "joint")
 _TIES = ("trim", "keep")
-_MAX_VOCAB = 1 << 19
+MAX_VOCAB = 1 << 19
 
 
 class Sample(NamedTuple):
@@ -109,18 +109,11 @@ def sample(
     """
     z, shard = _vocab.find("logits", logits, -1, group)
     z = _check.logits(z, sharded=shard.sharded).detach()
-    if z.shape[-1] >= _MAX_VOCAB:
-        raise ValueError(f"logits must have V < {_MAX_VOCAB}, got {z.shape[-1]}")
+    if z.shape[-1] >= MAX_VOCAB:
+        raise ValueError(f"logits must have V < {MAX_VOCAB}, got {z.shape[-1]}")
     lead, vocab = z.shape[:-1], z.shape[-1]
     count = math.prod(lead)
-    tau = _float_rows("temperature", temperature, z, 0.0)
-    k = _int_rows("top_k", top_k, z)
-    p = _float_rows("top_p", top_p, z, 0.0, 1.0)
-    least = _float_rows("min_p", min_p, z, 0.0, 1.0)
-    seeds = _int_rows("seed", seed, z)
-    if not isinstance(seed, Tensor):
-        seeds = seeds + torch.arange(count, device=z.device)
-    positions = _int_rows("position", position, z)
+    parameters = row_parameters(z, temperature, top_k, top_p, min_p, seed, position)
     joint = _check.choice("order", order, _ORDERS) == "joint"
     keep_ties = _check.choice("ties", ties, _TIES) == "keep"
     exact = _check.flag("portable", portable)
@@ -129,14 +122,14 @@ def sample(
         if support_capacity is not None:
             raise ValueError("support_capacity must be None with group: the size is exact")
         if z.is_cpu:
-            _check_rows(tau, p, least)
-        parameters = _sharded.Parameters(tau, k, p, least, seeds, positions, joint, keep_ties)
+            _check_rows(parameters[0], *parameters[2:4])
         words = _allowed_words(allowed, z, None)
-        drawn = _sharded.sample(z, parameters, words, shard, support=return_support)
+        draw = _sharded.Parameters(*parameters, joint=joint, keep_ties=keep_ties)
+        drawn = _sharded.sample(z, draw, words, shard, support=return_support)
         token, logprob, full, kept, status = (x.view(lead) for x in drawn[:5])
         return Sample(token, logprob, full, kept, status, drawn[5])
     words = _allowed_words(allowed, z, vocab)
-    arguments = (z, tau, k, p, least, seeds, positions, words, joint, keep_ties, exact)
+    arguments = (z, *parameters, words, joint, keep_ties, exact)
     if not _check.flag("return_support", return_support):
         _capacity(support_capacity, 0, z)
         token, logprob, full, kept, status = _sample(*arguments)
@@ -206,6 +199,18 @@ def _allowed_words(allowed, z: Tensor, vocab: int | None) -> Tensor | None:
     return allowed.reshape(count, words).contiguous()
 
 
+def row_parameters(z: Tensor, temperature, top_k, top_p, min_p, seed, position):
+    """The parameters of the rows of z as the ops take them: float32 and int64 tensors [B]."""
+    tau = _float_rows("temperature", temperature, z, 0.0)
+    k = _int_rows("top_k", top_k, z)
+    p = _float_rows("top_p", top_p, z, 0.0, 1.0)
+    least = _float_rows("min_p", min_p, z, 0.0, 1.0)
+    seeds = _int_rows("seed", seed, z)
+    if not isinstance(seed, Tensor):
+        seeds = seeds + torch.arange(seeds.numel(), device=z.device)
+    return tau, k, p, least, seeds, _int_rows("position", position, z)
+
+
 def _row_tensor(name: str, x: Tensor, z: Tensor) -> Tensor:
     x = _check.like(name, x, z)
     count = math.prod(z.shape[:-1])
@@ -253,10 +258,10 @@ def _check_rows(tau, p, least) -> None:
     for x in (p, least):
         bad = bad | ~((x >= 0) & (x <= 1))
     if bad.any():
-        _row_value_error(int(bad.int().argmax()), tau, p, least)
+        row_value_error(int(bad.int().argmax()), tau, p, least)
 
 
-def _row_value_error(row: int, tau, p, least) -> None:
+def row_value_error(row: int, tau, p, least) -> None:
     for name, x, high in (
         ("temperature", tau, float("inf")),
         ("top_p", p, 1.0),
@@ -289,7 +294,7 @@ def _run_cpu(logits, tau, k, p, least, seeds, positions, allowed, joint, keep_ti
         _op.threads(),
     )
     if bad >= 0:
-        _row_value_error(bad, tau, p, least)
+        row_value_error(bad, tau, p, least)
     return out
 
 

@@ -23,7 +23,7 @@ ROOT = PACKAGE.parent
 # Layers, lowest first: a module may import at its own level or below, never above.
 LAYERS = [
     {"_C", "triton_kernels"},
-    {"_check", "_op", "objective", "reference"},
+    {"_check", "_op", "_warm", "objective", "reference"},
     {
         "support",
         "_rows",
@@ -182,7 +182,7 @@ def test_the_kernel_folder_refuses_to_be_a_package_of_its_own():
 SYNCHRONISES = {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "unique"}
 # Functions that read values: they run on CPU alone, or on host data, or are documented to wait.
 HOST = {
-    "sampling": {"_row_value_error", "_run_cpu", "rows", "trim", "from_lists", "to_mask"},
+    "sampling": {"row_value_error", "_run_cpu", "rows", "trim", "from_lists", "to_mask"},
     "loss": set(),
     "_plan": set(),
     "from_logprobs": set(),
@@ -212,6 +212,9 @@ def test_the_cuda_path_never_waits_for_the_device(name):
                 assert called.attr not in SYNCHRONISES, f"{name}.{function.name}: .{called.attr}()"
 
 
+FLAGS = {"temperature", "joint", "keep_ties", "exact"}
+
+
 @pytest.mark.parametrize("name", [n for n in MODULES if top(n) == "triton_kernels"])
 def test_launchers_never_wait_for_the_device(name):
     """What a CUDA graph captures: no value of a tensor reaches the host."""
@@ -225,7 +228,7 @@ def test_launchers_never_wait_for_the_device(name):
             elif isinstance(call.func, ast.Name) and call.func.id in ("bool", "int", "float"):
                 # Numbers of the host: terms, flags, a temperature that is no tensor.
                 argument = ast.unparse(call.args[0])
-                assert argument.startswith("terms.") or argument in ("temperature", "joint"), where
+                assert argument.startswith("terms.") or argument in FLAGS, where
 
 
 @pytest.mark.parametrize("name", ["_op", "logprob", "loss", "reinforce"])
@@ -244,11 +247,15 @@ def is_kernel(function):
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+MEMORY = {"warm_tensor", "release_warm_pages"}  # of _C, and no kernels
+
+
 def loads(node):
-    """Names and attributes of _C that a piece of code reads."""
+    """Names that a piece of code reads, and whether kernels of _C are among them."""
     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return names, any(isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-                      and n.value.id == "_C" for n in ast.walk(node))  # fmt: skip
+    native = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)
+              and isinstance(n.value, ast.Name) and n.value.id == "_C"}  # fmt: skip
+    return names, bool(native - MEMORY)
 
 
 @pytest.mark.parametrize("name", ["_op", "logprob", "loss", "reinforce", "sampling"])

@@ -14,13 +14,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyrlk
-from pyrlk import _C, _op
+from pyrlk import _C, _warm
 
 
 @pytest.fixture(autouse=True)
 def every_gradient_is_large(monkeypatch):
     """Small gradients take the way of large ones: the same code, in milliseconds."""
-    monkeypatch.setattr(_op, "_WARM_BYTES", 1)
+    monkeypatch.setattr(_warm, "WARM_BYTES", 1)
     pyrlk.empty_cache()
     yield
     pyrlk.empty_cache()
@@ -163,8 +163,8 @@ def test_resident_memory_does_not_grow_over_steps_and_is_given_back():
 
 FORK = """
 import os, signal, sys, torch, pyrlk
-from pyrlk import _C, _op
-_op._WARM_BYTES = 1
+from pyrlk import _C, _warm
+_warm.WARM_BYTES = 1
 torch.set_num_threads(1)
 def work(seed):
     g = torch.Generator().manual_seed(seed)

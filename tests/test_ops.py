@@ -88,6 +88,13 @@ def op_arguments():
         ),
         "sample": draw,
         "sample_support": (*draw, 100, True),
+        "verify_draft": (
+            z,
+            tokens[:, 1:].contiguous(),
+            z[:, 1:],
+            *(x[:B] for x in draw[1:7]),
+            True,
+        ),
     }
 
 

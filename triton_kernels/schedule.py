@@ -29,15 +29,16 @@ from .row import (
     scale_of,
 )
 
-# Registers of every kernel leave room for two programs of eight warps on a multiprocessor.
-RESIDENT = 2
+# Programs a multiprocessor: two hide each other's latency. Of those that wait for each other no
+# more may be launched than run at once, and one of eight warps always does.
+_PROGRAMS = {"rows": 2, "split": 0, "cooperative": 1}
 
 
 class Schedule(NamedTuple):
-    """A kind of the above, and how many programs a multiprocessor has to share out (0: all)."""
+    """A kind of the above, and the programs a multiprocessor; 0: one a row, None: the default."""
 
     kind: str
-    programs: int = RESIDENT
+    programs: int | None = None
 
 
 def choose(rows: int, parts: int, processors: int) -> Schedule:
@@ -61,7 +62,8 @@ def processors(x: torch.Tensor) -> int:
 
 def programs(schedule: Schedule, rows: int, parts: int, x: torch.Tensor) -> int:
     """The number of programs of the launch that writes the gradient."""
-    room = schedule.programs * processors(x)
+    each = _PROGRAMS[schedule.kind] if schedule.programs is None else schedule.programs
+    room = each * processors(x)
     if schedule.kind == "rows":
         return min(rows, room) if room else rows
     if schedule.kind == "split":

@@ -79,4 +79,21 @@ struct SampleArgs {
 // Returns −1, or the first row whose parameters are out of range (that row gets status kInvalid).
 int64_t sample(const SampleArgs& args, int threads);
 
+// Verifies a draft of `depth` tokens in each of B rows; target rows are (row, depth) in order.
+struct VerifyArgs {
+  Rows target;                  // B · (depth + 1)
+  const Rows* draft;            // B · depth, or null: each draft token had probability 1
+  const int64_t* draft_tokens;  // [B, depth], inside the vocabulary
+  int64_t depth;
+  const float *temperature, *top_p, *min_p;  // [B], like the following
+  const int64_t *top_k, *seed, *position;
+  int64_t* token;  // [B, depth + 1]; −1 after the last
+  int32_t* accepted;
+  float *logprob, *full_logprob;  // [B, depth + 1]; 0 after the last
+  uint8_t* status;
+  std::vector<int32_t>* support;  // [B · (depth + 1)], or null
+};
+// As `sample`.
+int64_t verify_draft(const VerifyArgs& args, int threads);
+
 }  // namespace pyrlk

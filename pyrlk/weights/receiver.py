@@ -199,9 +199,9 @@ class Receiver:
             return False
         channel = wire.Channel(sock)
         if self._session is not None:
-            error = Busy(f"{self._session.channel.peer} is this engine's publisher")
+            busy = Busy(f"{self._session.channel.peer} is this engine's publisher")
             with contextlib.suppress(UpdateError):
-                failed = Frame(Type.FAILED, 0, wire.Failed.of(error).encode())
+                failed = Frame(Type.FAILED, 0, wire.Failed.of(busy).encode())
                 channel.send(failed, time.monotonic())
             channel.close()
             return True

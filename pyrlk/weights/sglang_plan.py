@@ -34,9 +34,9 @@ from .errors import (
     UpdateError,
 )
 from .publisher import Clock, Outcome, Plan
-from .sglang import ServerSession, SGLang
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
+from .sglang_session import ServerSession, Settings
 from .wire import Frame, Type
 
 
@@ -46,8 +46,8 @@ class PlanSession(ServerSession):
     mode = "plan"
     engine_checks = True
 
-    def __init__(self, target: SGLang, server: Server, info: Info, timeout: float):
-        super().__init__(target, server, info)
+    def __init__(self, settings: Settings, server: Server, info: Info, timeout: float):
+        super().__init__(settings, server, info)
         # The loader runs on the scheduler's thread: its waits end before the server's watchdog.
         self._timeout = min(timeout, 0.5 * info.watchdog)
         self._folder = tempfile.mkdtemp(prefix="pyrlk-")

@@ -86,7 +86,7 @@ def step(length, temperature, eps):
             kind,
         )
     policy_loss.scale_(logits, torch.empty(()))
-    draw(length, flat, ids)
+    draw(length + 1, flat, ids)  # a single row is aligned where many are not
 
 
 def draw(rows, flat, ids):

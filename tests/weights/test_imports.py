@@ -1,4 +1,5 @@
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,3 +74,16 @@ def test_it_imports_torch_the_standard_library_and_the_extension(path):
                 assert [alias.name for alias in node.names] == ["_C"]
             else:
                 assert node.module.split(".")[0] in {"torch", *sys.stdlib_module_names}
+
+
+def test_the_loader_brings_nothing_else_into_an_engine():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import pyrlk.weights.sglang_loader
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - {"pyrlk", "torch"} - set(sys.stdlib_module_names)))
+print([m for m in ("torch._dynamo", "triton", "pyrlk.loss") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "[]"]

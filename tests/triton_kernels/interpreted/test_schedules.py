@@ -142,11 +142,12 @@ def test_programs_of_a_launch(monkeypatch):
     assert schedule.programs(Schedule("rows", 0), 8192, 1, x) == 8192
     assert schedule.programs(Schedule("split"), 3, 10, x) == 30
     # All programs of a row run at once, or none of them may start.
-    assert schedule.programs(Schedule("cooperative"), 8192, 10, x) == 260
-    assert schedule.programs(Schedule("cooperative"), 8192, 7, x) == 259
+    assert schedule.programs(Schedule("cooperative", 2), 8192, 10, x) == 260
+    assert schedule.programs(Schedule("cooperative", 2), 8192, 7, x) == 259
+    assert schedule.programs(Schedule("cooperative"), 8192, 10, x) == 130
     assert schedule.programs(Schedule("cooperative"), 3, 10, x) == 30
-    with pytest.raises(ValueError, match="265 groups, 264 programs"):
-        schedule.programs(Schedule("cooperative"), 8192, 265, x)
+    with pytest.raises(ValueError, match="133 groups, 132 programs"):
+        schedule.programs(Schedule("cooperative"), 8192, 133, x)
 
 
 @pytest.mark.parametrize("kind", ["rows", "split"])

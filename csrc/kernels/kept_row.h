@@ -1,0 +1,446 @@
+// The kept prefix of a row in the order (logit descending, id ascending), and a draw from it.
+//
+//   mass w_i = floor(2^44 · 2^y_i): integers, so that no order of summation changes a bit
+//   top-p    the shortest prefix with mass ≥ max(1, ceil(P·Z / 2^32)), P = floor(p·2^32)
+//   draw     u = 64 Philox bits; the first kept id, ascending, whose running mass exceeds u·Z/2^64
+//
+// No sort of V: a bound on the logits of the kept set (top-k: from group maxima; top-p: tokens
+// below m − τ·ln(n/(1−p)) weigh less than 1−p together; min-p: its definition) leaves few
+// candidates. A prefix is then found digit by digit of its last key, with one histogram of counts
+// or masses a digit, so that rows where the bound leaves everything cost a few sweeps more.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "per_token.h"
+
+namespace pyrlk {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// Independent uses of one (seed, position): the third word of Philox's counter.
+enum Stream : uint32_t { kDraw = 0, kAccept = 1, kResidual = 2 };
+
+inline uint64_t uniform_bits(uint64_t seed, uint64_t position, Stream stream) {  // Philox4x32-10
+  uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), stream, 0};
+  uint32_t k[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c[0], b = uint64_t(0xCD9E8D57u) * c[2];
+    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k[0], uint32_t(b),
+                              uint32_t(a >> 32) ^ c[3] ^ k[1], uint32_t(a)};
+    std::copy_n(next, 4, c);
+    k[0] += 0x9E3779B9u;
+    k[1] += 0xBB67AE85u;
+  }
+  return uint64_t(c[0]) << 32 | c[1];
+}
+
+inline uint64_t high_product(uint64_t a, uint64_t b) {
+  return uint64_t(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
+// ceil(P·Z / 2^32) with P = floor(p·2^32), at least 1.
+inline uint64_t needed_mass(float p, uint64_t total) {
+  const uint64_t P = uint64_t(double(p) * 4294967296.0);
+  const unsigned __int128 product = static_cast<unsigned __int128>(P) * total;
+  return std::max<uint64_t>(1, uint64_t((product + 0xffffffffu) >> 32));
+}
+
+// Ascending in this key is the order of the logits, descending; −0 equals +0.
+inline uint32_t order_key(float z) {
+  const uint32_t u = bits_of(z + 0.0f);
+  return ~(u & 0x80000000u ? ~u : u | 0x80000000u);
+}
+
+// A prefix of the order: the keys below `cut`, and of those at it the `ties` lowest ids.
+struct Prefix {
+  uint32_t cut = std::numeric_limits<uint32_t>::max();
+  int64_t ties = std::numeric_limits<int64_t>::max();
+};
+inline Prefix shorter(Prefix a, Prefix b) {
+  return std::pair(a.cut, a.ties) < std::pair(b.cut, b.ties) ? a : b;
+}
+
+struct Params {
+  float temperature, top_p, min_p;
+  int64_t top_k;
+  bool joint, keep_ties;
+  bool valid() const {
+    return temperature >= 0.0f && temperature < kInfinity && top_p >= 0.0f && top_p <= 1.0f &&
+           min_p >= 0.0f && min_p <= 1.0f;
+  }
+};
+
+// A vector whose resize() leaves new elements as they are: rows of V are written, never zeroed.
+template <class T>
+struct Uninitialized : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = Uninitialized<U>;
+  };
+  template <class U>
+  void construct(U* p) {
+    ::new (static_cast<void*>(p)) U;
+  }
+  template <class U, class... Args>
+  void construct(U* p, Args&&... args) {
+    ::new (static_cast<void*>(p)) U(std::forward<Args>(args)...);
+  }
+};
+template <class T>
+using Buffer = std::vector<T, Uninitialized<T>>;
+
+// Buffers of one row at a time, reused from row to row.
+struct Scratch {
+  Buffer<float> row, group_max, sorted_max, kept_logits;
+  Buffer<int32_t> ids;
+  Buffer<uint32_t> keys, digit_keys;
+  Buffer<uint64_t> masses, digit_masses, histogram, tiles;
+  std::vector<RowStats> tile_stats;
+};
+
+// Parts worth a thread each: on busy cores a barrier costs more than a small region's work.
+inline int useful_parts(int64_t elements, int parts) {
+  constexpr int64_t kElementsAThread = 1 << 15;
+  return int(std::clamp<int64_t>(elements / kElementsAThread, 1, parts));
+}
+
+// How a batch is computed: few rows are shared among the threads one after the other (`parts` a
+// row), many are dealt out to them (`teams` at a time).
+struct Sharing {
+  int parts, teams;
+};
+inline Sharing sharing(const Rows& z, int64_t rows, int threads) {
+  const int within = useful_parts(z.vocab, usable_threads(threads));
+  if (within > rows) return {within, 1};
+  return {1, int(std::clamp<int64_t>(rows, 1, row_threads(z, threads)))};
+}
+
+// Calls body(begin, end, part) on `parts` ranges of whole tiles that make up [0, n), each by a
+// thread.
+template <class Body>
+inline void in_parts(int64_t n, int parts, Body body) {
+  const int64_t tiles = tile_count(n);
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+  for (int part = 0; part < parts; ++part) {
+    const int64_t begin = tiles * part / parts * kTile;
+    const int64_t end = std::min(n, tiles * (part + 1) / parts * kTile);
+    if (begin < end) body(begin, end, part);
+  }
+}
+
+// The shortest prefix of keys[0, n), in any order, whose mass reaches `need` ≥ 1; all if none does.
+// A null mass counts 1 a key.
+inline Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_t n, uint64_t need,
+                              bool keep_ties, Scratch& s) {
+  s.digit_keys.resize(n);
+  s.digit_masses.resize(mass != nullptr ? n : 0);
+  uint64_t before = 0;  // mass of the keys below those left
+  while (n > 0) {
+    uint32_t low = keys[0], high = keys[0];
+    for (int64_t i = 0; i < n; ++i) {
+      low = std::min(low, keys[i]);
+      high = std::max(high, keys[i]);
+    }
+    if (low == high) {
+      const uint64_t each = mass != nullptr ? mass[0] : 1;
+      if (before + uint64_t(n) * each < need) return {};
+      return {low, keep_ties ? Prefix{}.ties : int64_t((need - before + each - 1) / each)};
+    }
+    const int digit_bits = n < 64 ? 5 : n < 2048 ? 8 : 11;
+    const int shift = std::max(0, 32 - __builtin_clz(high - low) - digit_bits);
+    s.histogram.assign(((high - low) >> shift) + 1, 0);
+    uint64_t* h = s.histogram.data();
+    if (mass != nullptr) {
+      for (int64_t i = 0; i < n; ++i) h[(keys[i] - low) >> shift] += mass[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) ++h[(keys[i] - low) >> shift];
+    }
+    const uint32_t digits = uint32_t(s.histogram.size());
+    uint32_t digit = 0;
+    while (digit < digits && before + h[digit] < need) before += h[digit++];
+    if (digit == digits) return {};
+    uint32_t* digit_keys = s.digit_keys.data();
+    uint64_t* digit_masses = s.digit_masses.data();
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool inside = (keys[i] - low) >> shift == digit;
+      digit_keys[count] = keys[i];
+      if (mass != nullptr) digit_masses[count] = mass[i];
+      count += inside;
+    }
+    n = count;
+    keys = digit_keys;
+    if (mass != nullptr) mass = digit_masses;
+  }
+  return {};
+}
+
+// Mass of a prefix of keys[0, n).
+inline uint64_t mass_of(const Prefix& prefix, const uint32_t* keys, const uint64_t* mass,
+                        int64_t n) {
+  uint64_t below = 0;
+  int64_t tied = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    below += keys[i] < prefix.cut ? mass[i] : 0;
+    tied += keys[i] == prefix.cut;
+  }
+  if (tied == 0) return below;
+  const uint64_t each = mass[std::find(keys, keys + n, prefix.cut) - keys];
+  return below + each * uint64_t(std::min(tied, prefix.ties));
+}
+
+// A float at or below x: thresholds only ever admit more candidates than needed.
+inline float round_down(double x) {
+  return std::nextafterf(float(std::max(x, -double(std::numeric_limits<float>::max()))),
+                         -kInfinity);
+}
+// The least float at or above x.
+inline float round_up(double x) {
+  const float y = float(x);
+  return y < x ? std::nextafterf(y, kInfinity) : y;
+}
+
+// Ids of z_i ≥ bound, ascending, into s.ids.
+inline void select(const float* z, int64_t n, float bound, int parts, Scratch& s) {
+  const auto above = std::count_if(s.group_max.begin(), s.group_max.end(),
+                                   [&](float group) { return group >= bound; });
+  parts = useful_parts(above * kLanes, parts);
+  // A part writes where its range begins, and may write up to kLanes entries of no meaning more.
+  s.ids.resize(n + parts * kLanes);
+  std::vector<std::pair<int32_t*, int64_t>> found(parts, {s.ids.data(), 0});
+  in_parts(n, parts, [&](int64_t begin, int64_t end, int part) {
+    int32_t* out = s.ids.data() + begin + part * kLanes;
+    const float* group_max = s.group_max.data() + begin / kLanes;
+    const int64_t count = row_kernels().select(z + begin, end - begin, group_max, bound, out);
+    for (int64_t i = 0; i < count; ++i) out[i] += int32_t(begin);
+    found[part] = {out, count};
+  });
+  int64_t total = found[0].second;
+  for (int part = 1; part < parts; ++part) {
+    std::copy_n(found[part].first, found[part].second, s.ids.data() + total);
+    total += found[part].second;
+  }
+  s.ids.resize(total);
+}
+
+// The kept set, ascending: ids into s.ids, logits into s.kept_logits, masses into s.masses; z is
+// the row in float32 without +inf.
+inline void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts,
+                 Scratch& s) {
+  const RowKernels& ops = row_kernels();
+  const int64_t groups = int64_t(s.group_max.size());
+  const double tau = p.temperature;
+  const bool top_k = p.top_k > 0 && p.top_k < n, top_p = p.top_p < 1.0f, min_p = p.min_p > 0.0f;
+  const bool pool_is_top_k = top_k && !p.joint;
+  const double floor = min_p ? m + tau * std::log(double(p.min_p)) : -double(kInfinity);
+  float bound = -std::numeric_limits<float>::max();
+  if (top_k && p.top_k <= groups) {  // k groups have a maximum ≥ the k-th largest of the maxima
+    s.sorted_max = s.group_max;
+    std::nth_element(s.sorted_max.begin(), s.sorted_max.begin() + (p.top_k - 1), s.sorted_max.end(),
+                     std::greater<float>());
+    bound = std::max(bound, s.sorted_max[p.top_k - 1]);
+  }
+  if (top_p && !pool_is_top_k) {
+    const double tail = std::min(30.6, std::log(double(n) / (1.0 - double(p.top_p))) + 1e-4);
+    bound = std::max(bound, round_down(m - tau * tail));
+  }
+  if (min_p && !(top_p && pool_is_top_k)) bound = std::max(bound, round_down(floor));
+  select(z, n, bound, parts, s);
+
+  const int64_t count = int64_t(s.ids.size());
+  s.kept_logits.resize(count);
+  int32_t* ids = s.ids.data();
+  float* logits = s.kept_logits.data();
+  for (int64_t i = 0; i < count; ++i) logits[i] = z[ids[i]];
+  s.masses.resize(count);
+  in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
+    ops.masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
+  });
+  if (!top_k && !top_p && !min_p) return;
+
+  s.keys.resize(count);
+  uint32_t* keys = s.keys.data();
+  uint64_t* masses = s.masses.data();
+  for (int64_t i = 0; i < count; ++i) keys[i] = order_key(logits[i]);
+  Prefix kept;
+  if (top_k && count > p.top_k) {
+    kept = shortest_prefix(s.keys.data(), nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
+  }
+  if (top_p) {
+    uint64_t total = 0;
+    if (pool_is_top_k || count == n) {
+      const Prefix pool = pool_is_top_k ? kept : Prefix{};
+      total = mass_of(pool, s.keys.data(), s.masses.data(), count);
+    } else {
+      s.tiles.resize(tile_count(n));
+      in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
+        ops.tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
+      });
+      total = std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
+    }
+    kept = shorter(kept, shortest_prefix(s.keys.data(), s.masses.data(), count,
+                                         needed_mass(p.top_p, total), p.keep_ties, s));
+  }
+  if (min_p) kept = shorter(kept, {order_key(round_up(floor)), Prefix{}.ties});
+
+  int64_t size = 0, tied = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = keys[i];
+    const bool at_cut = key == kept.cut;
+    const bool stays = (key < kept.cut) | (at_cut & (tied < kept.ties));
+    tied += at_cut;
+    ids[size] = ids[i];
+    logits[size] = logits[i];
+    masses[size] = masses[i];
+    size += stays;
+  }
+  s.ids.resize(size);
+  s.kept_logits.resize(size);
+  s.masses.resize(size);
+}
+
+// out[begin, begin + size) of the row in float32.
+inline void to_floats(const void* logits, DType dtype, int64_t begin, int64_t size, float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      std::copy_n(static_cast<const float*>(logits) + begin, size, out + begin);
+      break;
+    case DType::kFloat64:
+      std::copy_n(static_cast<const double*>(logits) + begin, size, out + begin);
+      break;
+    default:
+      row_kernels().widen[int(dtype)](static_cast<const uint16_t*>(logits) + begin, size,
+                                      out + begin);
+  }
+}
+
+// −inf where a bit of `allowed` is 0; begin is a multiple of 32.
+inline void forbid(const uint32_t* allowed, int64_t begin, int64_t size, float* z) {
+  const int64_t end = begin + size;
+  for (int64_t i = begin; i < end; i += 32) {
+    const uint32_t word = allowed[i / 32];
+    if (word == 0xffffffffu) continue;
+    for (int64_t j = i; j < std::min(i + 32, end); ++j) {
+      if ((word >> (j - i) & 1) == 0) z[j] = -kInfinity;
+    }
+  }
+}
+
+// One sweep over a row: its float32 form z (−inf where a bit of `allowed` is 0; the row itself
+// where it is that already), the maxima of its groups, and its statistics as row_stats() has them.
+struct Sweep {
+  const float* z;
+  RowStats stats;
+};
+inline Sweep sweep(const void* logits, DType dtype, int64_t n, const uint32_t* allowed, double tau,
+                   int parts, Scratch& s) {
+  const bool copied = dtype != DType::kFloat32 || allowed != nullptr;
+  if (copied) s.row.resize(n);
+  const float* z = copied ? s.row.data() : static_cast<const float*>(logits);
+  s.group_max.resize((n + kLanes - 1) / kLanes);
+  s.tile_stats.resize(tile_count(n));
+  in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; i += kTile) {
+      const int64_t size = std::min(kTile, end - i);
+      if (copied) to_floats(logits, dtype, i, size, s.row.data());
+      if (allowed != nullptr) forbid(allowed, i, size, s.row.data());
+      const int64_t tile = i / kTile;
+      tile_stats(z, DType::kFloat32, n, tau, false, tile, tile + 1, s.tile_stats.data());
+      row_kernels().group_max(z + i, size, s.group_max.data() + i / kLanes);
+    }
+  });
+  return {z, combine(s.tile_stats.data(), tile_count(n), DType::kFloat32, tau)};
+}
+
+// A row whose kept set is known: ids, logits and masses are in Scratch. Without a distribution
+// (status kEmpty or kInvalid) it has no ids.
+struct KeptRow {
+  uint8_t status = 0;
+  const float* z = nullptr;  // float32, without NaN and +inf that matter
+  RowStats full;
+  float m = 0.0f, c = 0.0f;
+  double tau = 1.0;
+  bool greedy = false;
+
+  bool drawable() const { return (status & (kEmpty | kInvalid)) == 0; }
+};
+
+// A row as a distribution: NaN counts as −inf; +inf logits share the top equally, and nothing else
+// has mass beside them.
+inline KeptRow clean_row(const void* logits, DType dtype, int64_t n, const uint32_t* allowed,
+                         double tau, int parts, Scratch& s) {
+  KeptRow row;
+  row.tau = tau;
+  row.c = exponent_scale(tau);
+  Sweep swept = sweep(logits, dtype, n, allowed, tau, parts, s);
+  if (swept.stats.nan) row.status |= kNan;
+  if (swept.stats.max == kInfinity) {
+    row.status |= kInf;
+    s.row.resize(n);
+    for (int64_t i = 0; i < n; ++i) s.row[i] = swept.z[i] == kInfinity ? 0.0f : -kInfinity;
+    swept = sweep(s.row.data(), DType::kFloat32, n, nullptr, tau, parts, s);
+  }
+  swept.stats.nan = false;
+  if (swept.stats.max == -kInfinity) row.status |= kEmpty;
+  row.z = swept.z;
+  row.full = swept.stats;
+  row.m = float(swept.stats.max);
+  return row;
+}
+
+inline KeptRow keep_row(const void* logits, DType dtype, int64_t n, const uint32_t* allowed,
+                        const Params& p, int parts, Scratch& s) {
+  s.ids.clear();
+  KeptRow row;
+  if (!p.valid()) {
+    row.status = kInvalid;
+    return row;
+  }
+  const bool greedy = p.temperature == 0.0f;
+  row = clean_row(logits, dtype, n, allowed, greedy ? 1.0 : p.temperature, parts, s);
+  row.greedy = greedy;
+  if (!row.drawable()) return row;
+  if (greedy) {
+    s.ids.assign(1, int32_t(std::find(row.z, row.z + n, row.m) - row.z));
+    s.kept_logits.assign(1, row.m);
+    s.masses.assign(1, 1);
+  } else {
+    keep(row.z, n, row.m, row.c, p, parts, s);
+  }
+  return row;
+}
+
+// Position in s.ids of the first kept id whose running mass exceeds u·Z/2^64.
+inline int64_t draw(uint64_t u, const Scratch& s) {
+  uint64_t left = high_product(u, std::accumulate(s.masses.begin(), s.masses.end(), uint64_t(0)));
+  int64_t i = 0;
+  while (left >= s.masses[i]) left -= s.masses[i++];
+  return i;
+}
+
+// Log-prob of a kept id over the kept set and over the row of n: the scorer's bits.
+struct LogProbs {
+  double kept, full;
+};
+inline LogProbs log_probs(const KeptRow& row, int32_t id, int64_t n, const Scratch& s) {
+  if (row.greedy) return {0.0, 0.0};
+  const double at = row.z[id], full = log_prob(row.full, at, row.tau);
+  const int64_t kept = int64_t(s.ids.size());
+  if (kept == n) return {full, full};
+  const RowStats stats = row_stats(s.kept_logits.data(), DType::kFloat32, kept, row.tau, false);
+  return {log_prob(stats, at, row.tau), full};
+}
+
+}  // namespace pyrlk
