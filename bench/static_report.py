@@ -167,9 +167,18 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
             signature[name] = _POINTERS.get(name, "*fp32")
         else:
             signature[name] = parameter.annotation_type or "fp32"
-    options = sample.SEARCH if kernel is sample.sample_fwd_kernel else row.LAUNCH
+    capability = TARGETS[target].arch if target.startswith("sm_") else 0
+    options = row.LAUNCH
+    if kernel is sample.sample_fwd_kernel:
+        options = sample.SEARCH | row.registers(4, capability)
+    elif kernel in (_LOSS, _SCORE) and _wide(constants):
+        options = options | row.registers(ITEM[dtype], capability)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=dict(options))
+
+
+def _wide(constants: dict) -> bool:
+    return "ids_ptr" not in constants or constants.get("ENTROPY_BONUS", False)
 
 
 def inspect_kernel(name, kernel, constants: dict, target: str, dtype: str, aligned=True) -> Entry:

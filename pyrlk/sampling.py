@@ -199,7 +199,9 @@ def _allowed_words(allowed, z: Tensor, vocab: int | None) -> Tensor | None:
     return allowed.reshape(count, words).contiguous()
 
 
-def row_parameters(z: Tensor, temperature, top_k, top_p, min_p, seed, position):
+def row_parameters(
+    z: Tensor, temperature, top_k, top_p, min_p, seed, position
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The parameters of the rows of z as the ops take them: float32 and int64 tensors [B]."""
     tau = _float_rows("temperature", temperature, z, 0.0)
     k = _int_rows("top_k", top_k, z)

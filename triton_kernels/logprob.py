@@ -171,7 +171,7 @@ def token_logprobs_fwd(
         TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
-        **_row.LAUNCH,
+        **(_row.LAUNCH if kept is None else _row.wide_launch(logits)),
     )
 
 

@@ -342,7 +342,7 @@ def policy_loss_fwd(
     elif schedule is None:
         schedule = _schedule.choose(r.count, parts, _schedule.processors(logits))
     exchange = arrived = None
-    launch = dict(_row.LAUNCH)
+    launch = _row.wide_launch(logits) if bonus or kept is not None else dict(_row.LAUNCH)
     if schedule.kind == "rows":
         parts = 1
     elif schedule.kind == "split":

@@ -27,6 +27,28 @@ GROUP = tl.constexpr(4)  # tiles
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 
 
+def registers(itemsize: int, capability: int) -> dict[str, int]:
+    """Launch options of a kernel that holds more scalars than most: kept sets, an entropy bonus.
+
+    ptxas likes to stop at 128 registers, with which two programs fit on a multiprocessor, and puts
+    the rest into memory. Where the other kernels take more than that anyway, so may these.
+    """
+    return {"maxnreg": 192} if capability and (itemsize == 4 or capability >= 100) else {}
+
+
+def wide_launch(logits: torch.Tensor) -> dict:
+    """LAUNCH of such a kernel."""
+    return LAUNCH | registers(logits.element_size(), capability(logits))
+
+
+def capability(x: torch.Tensor) -> int:
+    """10 · major + minor of an NVIDIA device, else 0."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 class Rows(NamedTuple):
     """Row t of a tensor [..., V] begins at (t // inner)·stride_outer + (t % inner)·stride_inner."""
 

@@ -65,6 +65,7 @@ CHUNK = 512  # entries of a step over a list, or over a row that is searched its
 CAPACITY = 4096  # candidates of a list
 MAX_TILES = 128  # of a row: V ≤ 2^19
 # Integers decide in a search, so four warps give the bits of eight; more rows fit a device.
+# They are few, and hold 64-bit masses: registers matter more than programs side by side.
 SEARCH = _row.LAUNCH | {"num_warps": 4}
 _PROGRAMS = 2048  # that a launch over tiles aims at: twice what the largest devices hold
 
@@ -660,7 +661,7 @@ def sample_fwd(
         SPAN=SPAN,
         CAPACITY=CAPACITY,
         BLOCK=CHUNK,
-        **SEARCH,
+        **SEARCH | _row.registers(4, _row.capability(logits)),
     )
     return w
 

@@ -52,15 +52,6 @@ TILES_READ |= {name: 4 * sum(s[0] for s in sweeps) for name, sweeps in SWEEPS.it
 TRIPS = {"sample_tiles_fwd": 14.0, "sample_masses_fwd": 33.0}
 
 
-# Known exceptions: the compiler stops at 128 registers and keeps scalars of the row in memory. All
-# accesses in the listing are counted; a sweep (64 elements a thread) may hold at most two.
-SPILLS = {
-    ("policy_loss_fwd all rows", "sm_100", "bf16"): 10,
-    ("token_logprobs_fwd kept", "sm_100", "bf16"): 6,
-    ("policy_loss_fwd all kept", "sm_90", "fp32"): 11,
-}
-
-
 def child(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.Popen(
@@ -112,17 +103,18 @@ def check(entries, target, dtype):
     lanes = 64 if target.startswith("gfx") else 32
     accesses = 4096 * size // (8 * lanes * 16)
     for name, entry in of_target.items():
-        known = SPILLS.get((name, target, dtype), 0)
-        assert entry["spills"] <= known, entry
-        assert all(sweep["spills"] <= min(known, 2) for sweep in entry["sweeps"]), entry
+        assert entry["spills"] == 0, entry
         # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency.
         # Elsewhere the compiler takes more and keeps more loads in flight; one block always fits,
         # and a cooperative launch counts on no more (a compute unit's blocks are twice as wide).
         two = target in ("sm_80", "sm_90") and dtype == "bf16"
-        most = 256 if target.startswith("gfx") else 128 if two else 200
+        search = name.startswith("sample_fwd")  # of four warps
+        most = 256 if target.startswith("gfx") else 128 if two and not search else 200
         assert entry["registers"] <= most, entry
         assert entry["shared"] <= 48 << 10, entry
-        assert entry["loads"].get("128", 0) >= TILES_READ[name] * accesses, entry
+        # Half a tile is 8 bytes a lane of a wave of 64.
+        half = name == "support_fwd" and lanes == 64 and size == 2
+        assert entry["loads"].get("64" if half else "128", 0) >= TILES_READ[name] * accesses, entry
         # 70000 rows of 151936 columns are more than 2^31 elements.
         assert entry["offset_bits"] == 64, entry
         if target == "sm_90" and name in TRIPS:
