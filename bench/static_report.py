@@ -116,6 +116,7 @@ class Sweep(NamedTuple):
     read: float
     written: float
     instructions: float
+    spills: int  # accesses of local memory
 
 
 @dataclasses.dataclass
@@ -239,15 +240,15 @@ def find_sweeps(sass: str, elements: int) -> list[Sweep]:
         fresh = re.search(r"\b(?:BRA|EXIT|RET)\b", code) is not None
     order = list(blocks)
 
-    def length(address: int) -> int:
+    def onwards(address: int) -> list[str]:
         block, after = blocks[address], order.index(address) + 1
         last = block[-1]
         if re.search(r"\b(?:EXIT|RET)\b", last) or (last.startswith("@") and "BRA" in last):
-            return len(block)
+            return block
         if (found := re.search(_JUMP, last)) is None:
-            return len(block) + (length(order[after]) if after < len(order) else 0)
+            return block + (onwards(order[after]) if after < len(order) else [])
         target = int(found[1], 16)
-        return len(block) + (length(target) if target > address else 0)
+        return block + (onwards(target) if target > address else [])
 
     def wide(block: list[str], opcode: str) -> int:
         return sum(bool(re.match(rf"{opcode}\S*\.128 (?!.*, RZ)", code)) for code in block)
@@ -256,7 +257,9 @@ def find_sweeps(sass: str, elements: int) -> list[Sweep]:
     for address, block in blocks.items():
         read, written = (16 * wide(block, opcode) / elements for opcode in ("LDG", "STG"))
         if read or written:
-            sweeps.append(Sweep(read, written, round(length(address) / elements, 2)))
+            code = onwards(address)
+            spills = sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for line in code)
+            sweeps.append(Sweep(read, written, round(len(code) / elements, 2), spills))
     return sweeps
 
 

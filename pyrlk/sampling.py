@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _C, _check, _op
+from .parallel import sampling as _sharded
+from .parallel import vocab as _vocab
 from .support import Support
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
@@ -88,8 +90,12 @@ def sample(
     portable : bool
         Choose by exact integer masses: token and kept set are the same bits on every device. On CPU
         they always are.
-    group : ProcessGroup, optional
-        The vocabulary is sharded over its ranks.
+    group : torch.distributed.ProcessGroup, optional
+        The vocabulary is sharded over its ranks: logits [B, V_local] are the next columns in rank
+        order; all else, `allowed` too, is of the whole vocabulary and the same on every rank. Token
+        and kept set are those of the whole rows in every bit (on CUDA: of `portable`), also on
+        every rank. A DTensor sharded on the vocabulary names its own group. Not under
+        torch.compile; on CUDA return_support reads its size on the host.
 
     Returns
     -------
@@ -101,7 +107,8 @@ def sample(
         Naming the argument. A bad value inside a parameter tensor is a ValueError with its index on
         CPU; on CUDA that row gets status INVALID.
     """
-    z = _check.logits(logits).detach()
+    z, shard = _vocab.find("logits", logits, -1, group)
+    z = _check.logits(z, sharded=shard.sharded).detach()
     if z.shape[-1] >= MAX_VOCAB:
         raise ValueError(f"logits must have V < {MAX_VOCAB}, got {z.shape[-1]}")
     lead, vocab = z.shape[:-1], z.shape[-1]
@@ -110,9 +117,18 @@ def sample(
     joint = _check.choice("order", order, _ORDERS) == "joint"
     keep_ties = _check.choice("ties", ties, _TIES) == "keep"
     exact = _check.flag("portable", portable)
-    if group is not None:
-        raise NotImplementedError("group: sampling from a sharded vocabulary is not built yet")
-    words = _allowed_words(allowed, z)
+    if shard.sharded:
+        _check.flag("return_support", return_support)
+        if support_capacity is not None:
+            raise ValueError("support_capacity must be None with group: the size is exact")
+        if z.is_cpu:
+            _check_rows(parameters[0], *parameters[2:4])
+        words = _allowed_words(allowed, z, None)
+        draw = _sharded.Parameters(*parameters, joint=joint, keep_ties=keep_ties)
+        drawn = _sharded.sample(z, draw, words, shard, support=return_support)
+        token, logprob, full, kept, status = (x.view(lead) for x in drawn[:5])
+        return Sample(token, logprob, full, kept, status, drawn[5])
+    words = _allowed_words(allowed, z, vocab)
     arguments = (z, *parameters, words, joint, keep_ties, exact)
     if not _check.flag("return_support", return_support):
         _capacity(support_capacity, 0, z)
@@ -167,17 +183,18 @@ def _capacity(capacity, widest: int, z: Tensor) -> int:
     return math.prod(z.shape[:-1]) * (widest or 4096)
 
 
-def _allowed_words(allowed, z: Tensor) -> Tensor | None:
+def _allowed_words(allowed, z: Tensor, vocab: int | None) -> Tensor | None:
+    """[B, words]; how many words is not known yet where `vocab` is None."""
     if allowed is None:
         return None
     allowed = _check.like("allowed", allowed, z)
     if allowed.dtype != torch.int32:
         raise TypeError(f"allowed must be int32 (a bit a token), got {allowed.dtype}")
-    words, count = -(-z.shape[-1] // 32), math.prod(z.shape[:-1])
+    count = math.prod(z.shape[:-1])
+    words = allowed.shape[-1] if vocab is None and allowed.dim() else -(-(vocab or 0) // 32)
     if allowed.shape not in ((*z.shape[:-1], words), (count, words)):
         raise ValueError(
-            f"allowed must have shape [{count}, {words}] for V = {z.shape[-1]}, "
-            f"got {list(allowed.shape)}"
+            f"allowed must have shape [{count}, {words}] for V = {vocab}, got {list(allowed.shape)}"
         )
     return allowed.reshape(count, words).contiguous()
 
@@ -233,6 +250,15 @@ def _outputs(logits: Tensor):
         logits.new_empty(count, dtype=dtype)
         for dtype in (torch.int64, torch.float32, torch.float32, torch.int32, torch.uint8)
     )
+
+
+def _check_rows(tau, p, least) -> None:
+    """What the CPU kernel checks in a row."""
+    bad = ~((tau >= 0) & (tau < float("inf")))
+    for x in (p, least):
+        bad = bad | ~((x >= 0) & (x <= 1))
+    if bad.any():
+        row_value_error(int(bad.int().argmax()), tau, p, least)
 
 
 def row_value_error(row: int, tau, p, least) -> None:

@@ -148,7 +148,18 @@ def score(
     ``local(at, out)`` writes the statistics of this rank's columns into out [T, 4]. An error that
     a value inside a tensor causes is raised after the ranks have met, so that all raise it.
     """
-    parts, layout, wrong = _meet(local, at, shard, width, like)
+    if not like.is_cuda:
+        _support.check_values(at.kept, at.vocab or (1 << 31) - 1)
+
+    def fill(first: int, out: Tensor) -> None:
+        _statistics(local, columns(at, first, width), out)
+
+    parts, layout, wrong = meet(fill, "tokens", at.tokens, at.vocab, shard, width, like)
+    at = at._replace(vocab=at.vocab or layout.total)
+    if wrong is None:
+        check_tokens(at.tokens, at.kept, at.tokens != -100, at.vocab)
+    else:
+        wrong = wrong | wrong_tokens(at.tokens, at.kept, at.vocab)
     tau, c = _temperature(at, like)
     m, s, e, z = _combine(parts.double(), c)
     s = torch.where((m == -math.inf) if wrong is None else (m == -math.inf) | wrong, math.nan, s)
@@ -163,19 +174,27 @@ def score(
 def summed(x: Tensor, shard: Shard) -> Tensor:
     """Σ of `x` over the ranks, in float32 where x is of 16 bits: rounded once."""
     total = x.to(_op.compute_dtype(x))
-    dist.all_reduce(total, group=_group(shard))
+    dist.all_reduce(total, group=process_group(shard))
     return total.to(x.dtype)
 
 
-def _meet(local, at: Actions, shard: Shard, width: int, like: Tensor):
-    """(parts [ranks, T, 4], layout, wrong tokens or None) after the one all-gather.
+def meet(
+    fill: Callable[[int, Tensor], None],
+    name: str,
+    common: Tensor,
+    vocab: int,
+    shard: Shard,
+    width: int,
+    like: Tensor,
+) -> tuple[Tensor, Layout, Tensor | None]:
+    """(parts [ranks, T, 4], layout, on CUDA whether the ranks disagree) by one all-gather.
 
-    A first call may need a second: shards that are not equal are known when the ranks have met.
-    On CUDA the host reads them in that call alone; later ones that disagree give NaN.
+    ``fill(first, out)`` writes this rank's part [T, 4] where its columns begin at `first`. `common`
+    [T], which errors call `name`, and `vocab` must be the same on all ranks. A first call may need
+    a second all-gather: where unequal shards begin is known when the ranks have met. On CUDA the
+    host reads it then and never again.
     """
-    if not like.is_cuda:
-        _support.check_values(at.kept, at.vocab or (1 << 31) - 1)
-    group = _group(shard)
+    group = process_group(shard)
     known, key = _layouts.setdefault(group, {}), (width, shard.guess)
     trusted = key in known and like.is_cuda
     if like.is_cuda and not trusted and torch.cuda.is_current_stream_capturing():
@@ -183,49 +202,47 @@ def _meet(local, at: Actions, shard: Shard, width: int, like: Tensor):
     guess = dist.get_rank(group) * width if shard.guess < 0 else shard.guess
     layout = known.get(key, Layout(guess, 0))
     while True:
-        payload = _payload(at, width, layout.first, trusted, like)
-        _statistics(local, columns(at, layout.first, width), payload[_HEADER:])
+        payload = _payload(common, vocab, width, layout.first, trusted, like)
+        fill(layout.first, payload[_HEADER:])
         table = payload.new_empty((dist.get_world_size(group), *payload.shape))
         dist.all_gather(list(table.unbind(0)), payload, group=group)
         headers, parts = table[:, :_HEADER].flatten(1), table[:, _HEADER:]
         if trusted:
             break
-        layout, agreed = _layout(headers, dist.get_rank(group))
+        layout, agreed = _layout(headers, dist.get_rank(group), name)
         if agreed:
             known[key] = layout
             break
-    if at.vocab > layout.total:
-        raise ValueError(f"vocab_size must lie in [1, {layout.total}], got {at.vocab}")
-    at = at._replace(vocab=at.vocab or layout.total)
-    if not like.is_cuda:
-        check_tokens(at.tokens, at.kept, at.tokens != -100, at.vocab)
-        return parts, layout, None
-    return parts, layout, wrong_tokens(at.tokens, at.kept, at.vocab) | ~_agree(headers)
+    if vocab > layout.total:
+        raise ValueError(f"vocab_size must lie in [1, {layout.total}], got {vocab}")
+    return parts, layout, ~_agree(headers) if like.is_cuda else None
 
 
-def _group(shard: Shard) -> Any:
+def process_group(shard: Shard) -> Any:
     name: Any = shard.group
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def _payload(at: Actions, width: int, first: int, trusted: bool, like: Tensor) -> Tensor:
-    """[header; statistics] with the header written: what the ranks must know or have in common."""
-    count = at.tokens.numel()
+def _payload(
+    common: Tensor, vocab: int, width: int, first: int, trusted: bool, like: Tensor
+) -> Tensor:
+    """[header; part] with the header written: what the ranks must know or have in common."""
+    count = common.numel()
     payload = like.new_empty((_HEADER + count, 4), dtype=_op.compute_dtype(like))
     header = payload[:_HEADER].view(-1)
-    for i, value in enumerate((width, first, trusted, at.vocab, count, 0, 0, 0)):
+    for i, value in enumerate((width, first, trusted, vocab, count, 0, 0, 0)):
         if value >= _INTEGERS:
             raise ValueError(f"a sharded vocabulary must have less than 2^24 ids, got {value}")
         header[i].fill_(value)
     order = 2 * torch.arange(count, device=like.device) + 1
-    header[_DIGEST] = (at.tokens * order).sum() % (_INTEGERS - 3)
+    header[_DIGEST] = (common * order).sum() % (_INTEGERS - 3)
     return payload
 
 
-def _layout(table: Tensor, rank: int) -> tuple[Layout, bool]:
+def _layout(table: Tensor, rank: int, common: str) -> tuple[Layout, bool]:
     """(this rank's layout, whether every rank had assumed its own), read on the host."""
     headers = table.tolist()
-    for i, name in ((3, "vocab_size"), (4, "the number of tokens"), (_DIGEST, "tokens")):
+    for i, name in ((3, "vocab_size"), (4, f"the number of {common}"), (_DIGEST, common)):
         if any(header[i] != headers[0][i] for header in headers):
             raise ValueError(f"{name} must be the same on every rank of group")
     widths = [int(header[0]) for header in headers]

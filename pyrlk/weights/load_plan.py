@@ -179,10 +179,8 @@ def record(model: nn.Module, load_weights: LoadWeights, layout: Layout) -> Plan:
 class Replay:
     """A plan bound to the addresses of a model's tensors."""
 
-    def __init__(self, plan: Plan, model: nn.Module, layout: Layout):
-        self._plan = plan
-        self._model = model
-        tensors = Tensors(model)
+    def __init__(self, plan: Plan, tensors: Tensors, layout: Layout):
+        self._plan = plan  # the model itself is not kept: who keeps a Replay is kept by the model
         self._addresses = tensors.addresses()
         self._tensors = tensors
         count = len(layout.buckets)
@@ -220,9 +218,9 @@ class Replay:
                 self._plain[entry.bucket].append((copy, target))
         self._run = [_C.Replay(d, s) for d, s in zip(dense, strided, strict=True)]
 
-    def fits(self) -> bool:
+    def fits(self, tensors: Tensors) -> bool:
         """Whether the model's tensors lie where they lay."""
-        return Tensors(self._model).addresses() == self._addresses
+        return tensors.addresses() == self._addresses
 
     def run(
         self, bucket: int, flat: Tensor, layout: Layout, checksum: bool, threads: int
@@ -244,12 +242,12 @@ class Replay:
             torch.autograd.graph.increment_version(written)
         return sums
 
-    def finish(self) -> None:
+    def finish(self, model: nn.Module) -> None:
         """After the last bucket: padding and derived tensors."""
         for fill in self._plan.fills:
             fill.to.of(self._tensors.by_name[fill.to.name]).fill_(fill.value)
         if self._plan.post:
-            self._model.post_load_weights()  # type: ignore[operator]
+            model.post_load_weights()  # type: ignore[operator]
 
     def poison(self, bucket: int) -> None:
         """Make every byte that a replay must write wrong."""

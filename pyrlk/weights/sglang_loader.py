@@ -166,8 +166,8 @@ class PlanEngine:
             while len(self._known) > _KEPT_PLANS:
                 self._known.popitem(last=False)
         self._known.move_to_end(layout.digest)
-        if not known.plan.disabled and (known.replay is None or not known.replay.fits()):
-            known.replay = load_plan.Replay(known.plan, model, layout)
+        if not known.plan.disabled and (known.replay is None or not known.replay.fits(tensors)):
+            known.replay = load_plan.Replay(known.plan, tensors, layout)
         self._now, self._layout = known, layout
 
     def summed(self, bucket: int) -> set[int]:
@@ -257,7 +257,7 @@ class PlanEngine:
         if known.replay is None:
             return
         if known.trusted:
-            known.replay.finish()
+            known.replay.finish(self._module())
             return
         known.loads += 1
         if known.plan.disabled:

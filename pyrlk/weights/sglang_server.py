@@ -9,7 +9,6 @@ A lock file makes one publisher an engine; the kernel releases it with the proce
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import http.client
@@ -18,6 +17,7 @@ import os
 import tempfile
 import time
 import urllib.parse
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,6 +293,7 @@ class Lock:
         path = os.path.join(folder, f"{name}.lock")
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd: int | None = os.open(path, flags, 0o600)
+        _LOCKS.add(self)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -305,6 +306,18 @@ class Lock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _leave_locks() -> None:
+    """A forked child shares the lock: it would hold it after its parent has died."""
+    for lock in list(_LOCKS):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def _canonical(url: str) -> str:
@@ -325,12 +338,4 @@ def _runtime_folder() -> str:
     status = os.stat(folder)
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise UpdateError(f"{folder} belongs to or is writable by others: remove it")
-    return folder
-
-
-def runtime_folder() -> str:
-    """A folder of mode 0700 of this user's own, for locks and sockets."""
-    folder = _runtime_folder()
-    with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)
     return folder

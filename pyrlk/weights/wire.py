@@ -92,6 +92,7 @@ class State(enum.Enum):
     CLOSED = "nothing is left"
 
 
+# ATTACH, STATUS and REASON only add to the state in which they are sent.
 _STATE_AFTER = {
     Type.ATTACH: State.ATTACHED,
     Type.HELLO: State.GREETING,
@@ -465,7 +466,7 @@ class Channel:
         while True:
             try:
                 self._sock.sendmsg([data], rights if frame.fds else [], socket.MSG_NOSIGNAL)
-                self.state = _STATE_AFTER[frame.type]
+                self.state = _STATE_AFTER.get(frame.type, self.state)
                 return
             except (BlockingIOError, InterruptedError):
                 self._wait(select.POLLOUT, deadline)
@@ -502,7 +503,7 @@ class Channel:
                 os.close(fd)
             raise
         frame.fds = fds
-        self.state = _STATE_AFTER[frame.type]
+        self.state = _STATE_AFTER.get(frame.type, self.state)
         return frame
 
     def close(self) -> None:

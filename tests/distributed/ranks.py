@@ -350,6 +350,107 @@ def the_same_call_gives_the_same_bits_in_any_batch():
         assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), first, strict=True))
 
 
+def hard_rows(case):
+    """Ties, flat and peaked rows, −inf, NaN, +inf, one finite logit, none; shards without any."""
+    z = case.logits.clone()
+    z[1] = 0.0
+    z[2] = z[2].bfloat16().float()
+    z[3, 1:] = -torch.inf
+    z[4] = -torch.inf
+    z[5, :400] = -torch.inf
+    z[6, 17], z[7, 640], z[7, 3] = torch.nan, torch.inf, torch.inf
+    z[8] = torch.where(torch.arange(V) % 3 == 0, 1.0, -1.0)
+    z[9] *= 1e37
+    z[10, 0], z[10, 999] = 30.0, 30.0
+    z[11] = -0.0
+    z[11, ::2] = 0.0
+    return z
+
+
+DRAWS = [
+    {}, {"top_k": 5}, {"top_k": 1}, {"top_p": 0.9}, {"top_p": 0.0}, {"min_p": 0.1},
+    {"top_k": 50, "top_p": 0.95}, {"top_k": 50, "top_p": 0.95, "min_p": 0.02, "order": "joint"},
+    {"top_k": 7, "ties": "keep"}, {"top_p": 0.5, "ties": "keep"}, {"top_k": V},
+    {"top_p": 1 - 2**-16}, {"temperature": 0.0, "top_k": 3}, {"temperature": 1e-6},
+    {"temperature": 1e3, "top_p": 0.7},
+]  # fmt: skip
+
+
+@check
+def draws_are_those_of_the_whole_rows():
+    """Tokens, kept sets and status in every bit; log-probs to 2e-6."""
+    for group in groups():
+        case = Case(group)
+        z = hard_rows(case)
+        g = torch.Generator().manual_seed(5)
+        each = {
+            "temperature": torch.rand(T, generator=g) * (torch.arange(T) % 4 > 0),
+            "top_k": torch.randint(-1, V + 2, (T,), generator=g),
+            "top_p": torch.rand(T, generator=g), "min_p": torch.rand(T, generator=g) / 50,
+            "seed": torch.randint(-(2**62), 2**62, (T,), generator=g), "position": torch.arange(T),
+        }  # fmt: skip
+        allowed = torch.randint(-(2**31), 2**31 - 1, (T, -(-V // 32)), generator=g).int()
+        for given in (*DRAWS, each, {"allowed": allowed, "top_k": 9}):
+            for dtype in (torch.float32, torch.bfloat16):
+                options = {"seed": 11, **given, "return_support": True}
+                wanted = pyrlk.sample(z.to(dtype), **options)
+                got = pyrlk.sample(case.mine(z.to(dtype)), group=group, **options)
+                assert torch.equal(got.token, wanted.token), given
+                assert torch.equal(got.kept, wanted.kept), given
+                assert torch.equal(got.status, wanted.status), given
+                assert got.support.rows() == wanted.support.rows(), given
+                drawn = wanted.token >= 0
+                for name in ("logprob", "full_logprob"):
+                    a, b = getattr(got, name), getattr(wanted, name)
+                    assert torch.equal(a.isnan(), ~drawn)
+                    near(a[drawn], b[drawn], 2e-6, f"{name} {given}")
+                same_on_all_ranks(group, *got[:5])
+
+
+@check
+def draws_of_many_positions_agree():
+    """4,000 draws a filter: an edge of the running mass that moved by one unit would show."""
+    case = Case(dist.group.WORLD)
+    z = case.logits.repeat(4, 1)
+    for given in ({}, {"top_p": 0.95}, {"top_k": 40}):
+        for position in range(15):
+            options = {"seed": 1, "position": position, **given}
+            wanted = pyrlk.sample(z, **options)
+            got = pyrlk.sample(case.mine(z), group=case.group, **options)
+            assert torch.equal(got.token, wanted.token)
+
+
+@check
+def collectives_of_a_draw():
+    """One for the maxima, three a filter, one for the kept masses, one for the token."""
+    case = Case(dist.group.WORLD)
+    gather, reduce = "c10d::allgather_", "c10d::allreduce_"
+    for given, filters in (({}, 0), ({"min_p": 0.1}, 0), ({"top_k": 5}, 1), ({"top_p": 0.9}, 1),
+                           ({"top_k": 5, "top_p": 0.9}, 2)):  # fmt: skip
+        z = case.mine(case.logits)
+        pyrlk.sample(z, seed=0, group=case.group)
+        seen = collectives(lambda z=z, o=given: pyrlk.sample(z, seed=0, group=case.group, **o))
+        assert seen == [gather] * 2 + [reduce] * (1 + 3 * filters), given
+
+
+@check
+def errors_of_a_draw_name_the_argument():
+    case = Case(dist.group.WORLD)
+    z = {"logits": case.mine(case.logits), "group": case.group, "seed": 0}
+    cold = torch.ones(T).index_fill(0, torch.tensor([3]), -1.0)
+    raises(ValueError, "temperature[3] = -1.0", pyrlk.sample, **z, temperature=cold)
+    words = torch.zeros(T, 5, dtype=torch.int32)
+    raises(ValueError, "allowed must have", pyrlk.sample, **z, allowed=words)
+    raises(ValueError, "support_capacity", pyrlk.sample, **z, support_capacity=5)
+    raises(
+        ValueError,
+        "must be the same on every rank",
+        pyrlk.sample,
+        **(z | {"seed": dist.get_rank()}),
+    )
+    raises(TypeError, "group must be", pyrlk.sample, **(z | {"group": 1}))
+
+
 def collectives(call):
     """Names of the collectives that the dispatcher of c10d saw."""
     activities = [torch.profiler.ProfilerActivity.CPU]

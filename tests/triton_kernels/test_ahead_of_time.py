@@ -52,8 +52,13 @@ TILES_READ |= {name: 4 * sum(s[0] for s in sweeps) for name, sweeps in SWEEPS.it
 TRIPS = {"sample_tiles_fwd": 14.0, "sample_masses_fwd": 33.0}
 
 
-# The compiler stops at 128 registers and puts a few scalars of the row into memory, outside sweeps.
-SPILLS = {("policy_loss_fwd all rows", "sm_100", "bf16"): 10}
+# Known exceptions: the compiler stops at 128 registers and keeps scalars of the row in memory. All
+# accesses in the listing are counted; a sweep (64 elements a thread) may hold at most two.
+SPILLS = {
+    ("policy_loss_fwd all rows", "sm_100", "bf16"): 10,
+    ("token_logprobs_fwd kept", "sm_100", "bf16"): 6,
+    ("policy_loss_fwd all kept", "sm_90", "fp32"): 11,
+}
 
 
 def child(*arguments):
@@ -107,12 +112,14 @@ def check(entries, target, dtype):
     lanes = 64 if target.startswith("gfx") else 32
     accesses = 4096 * size // (8 * lanes * 16)
     for name, entry in of_target.items():
-        assert entry["spills"] <= SPILLS.get((name, target, dtype), 0), entry
+        known = SPILLS.get((name, target, dtype), 0)
+        assert entry["spills"] <= known, entry
+        assert all(sweep["spills"] <= min(known, 2) for sweep in entry["sweeps"]), entry
         # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency.
         # Elsewhere the compiler takes more and keeps more loads in flight; one block always fits,
         # and a cooperative launch counts on no more (a compute unit's blocks are twice as wide).
         two = target in ("sm_80", "sm_90") and dtype == "bf16"
-        most = 256 if target.startswith("gfx") else 128 if two else 176
+        most = 256 if target.startswith("gfx") else 128 if two else 200
         assert entry["registers"] <= most, entry
         assert entry["shared"] <= 48 << 10, entry
         assert entry["loads"].get("128", 0) >= TILES_READ[name] * accesses, entry

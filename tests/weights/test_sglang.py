@@ -1,7 +1,10 @@
 """An SGLang target against a double of the server: order of the steps, refusals, both modes."""
 
+import gc
 import json
+import os
 import struct
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from engines import Derived, Forgetful, Fused, Raising, Rebinding, Scaled
 from fake_sglang import FakeSGLang
 
 from pyrlk import weights
-from pyrlk.weights.sglang_server import LOADER
+from pyrlk.weights.sglang_server import LOADER, Lock
 
 META = {n: t.to("meta") for n, t in Fused.checkpoint(0).items()}
 
@@ -250,6 +253,22 @@ def test_one_publisher_an_engine():
             other.update(Fused.checkpoint(1), version=2)
 
 
+def test_a_forked_child_does_not_keep_the_lock():
+    with FakeSGLang(Fused()) as fake:
+        lock = Lock(fake.url)
+        ready, done = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(ready[1], b".")
+            os.read(done[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+        lock.close()
+        Lock(fake.url).close()
+        os.write(done[1], b".")
+        os.waitpid(child, 0)
+
+
 def test_versions_rise():
     with FakeSGLang(Fused()) as fake, publisher(fake, "bucket") as p:
         p.update(Fused.checkpoint(0), version=5)
@@ -391,3 +410,15 @@ def test_a_byte_that_changes_on_the_way_is_seen(ranks, monkeypatch):
         monkeypatch.setattr(weights.memory.Host, "pack", pack)
         p.update(Fused.checkpoint(6), version=6)
         assert all(same(worker, Fused.checkpoint(6)) for worker in workers)
+
+
+def test_a_model_that_is_gone_leaves_nothing_behind():
+    worker = Fused()
+    gone = weakref.ref(worker)
+    with FakeSGLang(worker) as fake, publisher(fake, "plan") as p:
+        for version in range(1, 4):
+            p.update(Fused.checkpoint(version), version=version)
+        fake.workers = ()
+    del worker
+    gc.collect()
+    assert gone() is None
