@@ -124,8 +124,8 @@ def sample(
         if z.is_cpu:
             _check_rows(parameters[0], *parameters[2:4])
         words = _allowed_words(allowed, z, None)
-        draw = _sharded.Parameters(*parameters, joint=joint, keep_ties=keep_ties)
-        drawn = _sharded.sample(z, draw, words, shard, support=return_support)
+        rows, how = _sharded.Parameters(*parameters), _sharded.How(joint, keep_ties, return_support)
+        drawn = _sharded.sample(z, rows, how, words, shard)
         token, logprob, full, kept, status = (x.view(lead) for x in drawn[:5])
         return Sample(token, logprob, full, kept, status, drawn[5])
     words = _allowed_words(allowed, z, vocab)

@@ -32,7 +32,7 @@ _MAX_VOCAB = 1 << 19
 
 
 class Parameters(NamedTuple):
-    """Of the draw, [B] each; joint and keep_ties as in `pyrlk.sample`."""
+    """Of the rows, [B] each."""
 
     temperature: Tensor
     top_k: Tensor
@@ -40,8 +40,14 @@ class Parameters(NamedTuple):
     min_p: Tensor
     seed: Tensor
     position: Tensor
+
+
+class How(NamedTuple):
+    """Of the call: top-p of the joint softmax, all of equal logits kept, the support wanted."""
+
     joint: bool
     keep_ties: bool
+    support: bool
 
 
 class Prefix(NamedTuple):
@@ -52,7 +58,7 @@ class Prefix(NamedTuple):
 
 
 def sample(
-    logits: Tensor, p: Parameters, allowed: Tensor | None, shard: Shard, *, support: bool
+    logits: Tensor, p: Parameters, how: How, allowed: Tensor | None, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Support | None]:
     """(token, logprob, full_logprob, kept, status, support) from this rank's columns [B, V_local].
 
@@ -63,13 +69,16 @@ def sample(
     greedy = p.temperature == 0
     tau = torch.where(greedy, 1, p.temperature)
     c = (math.log2(math.e) / tau).clamp(max=torch.finfo(torch.float32).max)
+    whole = _row_masses(z, m, c)
+    filters = _filters(p, m, tau, greedy, how, layout.total)
+    z, ids = _candidates(z, filters, m, tau, p, layout)
     mass, key = masses(z, m[:, None], c[:, None]), _keys(z)
-    kept = _kept_prefix(mass, key, m, c, tau, greedy, p, layout.total, group)
+    kept = _kept_prefix(mass, key, whole - mass.sum(1), (m, c), filters, p, how, group)
 
     below = key < kept.cut[:, None]
     tied = (key == kept.cut[:, None]) & (key < _NO_KEY)
     each = masses(_logit(kept.cut), m, c)
-    here = [below.sum(1), torch.where(below, mass, 0).sum(1), tied.sum(1), mass.sum(1)]
+    here = [below.sum(1), torch.where(below, mass, 0).sum(1), tied.sum(1), whole]
     counts, sums, ties, totals = _gathered(torch.stack(here), group).unbind(1)
     taken = (kept.ties - _before(ties)).clamp(min=0).minimum(ties)
     counts, sums = counts + taken, sums + taken * each
@@ -83,8 +92,7 @@ def sample(
     token, logit = torch.zeros_like(at), torch.zeros_like(m)
     if z.shape[1]:
         at = at.clamp(max=z.shape[1] - 1)
-        logit = z.gather(1, at[:, None])[:, 0]
-        token = at + layout.first
+        logit, token = z.gather(1, at[:, None])[:, 0], ids.gather(1, at[:, None])[:, 0]
     found = torch.stack([token, logit.view(torch.int32).long()]) * mine
     dist.all_reduce(found, group=group)
     token, logit = found[0], found[1].int().view(torch.float32)
@@ -97,7 +105,7 @@ def sample(
     logprob, full = (torch.where(drawn, x, math.nan).float() for x in (logprob, full))
     stays, counts = stays & drawn[:, None], torch.where(drawn, counts, 0)
     out = torch.where(drawn, token, -1), logprob, full, counts.sum(0).int(), status
-    return *out, _support(stays, counts, layout.first, group) if support else None
+    return *out, _support(ids[stays].int(), counts, group) if how.support else None
 
 
 def _maxima(logits: Tensor, p: Parameters, allowed: Tensor | None, shard: Shard):
@@ -167,6 +175,14 @@ def masses(z: Tensor, m: Tensor, c: Tensor) -> Tensor:
     return (bits.view(torch.float32) * 17592186044416.0).long()
 
 
+def _row_masses(z: Tensor, m: Tensor, c: Tensor) -> Tensor:
+    """[B]; on CPU a few rows at a time, whose intermediate results stay in cache."""
+    size = len(z) if z.is_cuda else max(1, (1 << 17) // max(1, z.shape[1]))
+    blocks = zip(z.split(size), m.split(size), c.split(size), strict=True)
+    parts = [masses(a, b[:, None], s[:, None]).sum(1) for a, b, s in blocks]
+    return torch.cat(parts) if parts else m.long()
+
+
 def _keys(z: Tensor) -> Tensor:
     """Ascending is the logit descending; −0 equals +0, −inf is no key."""
     u = (z + 0.0).view(torch.int32).long() & _LOW
@@ -180,27 +196,71 @@ def _logit(key: Tensor) -> Tensor:
     return torch.where(u >= 1 << 31, u - (1 << 32), u).int().view(torch.float32)
 
 
-def _kept_prefix(mass, key, m, c, tau, greedy, p: Parameters, total: int, group) -> Prefix:
-    kept = Prefix(torch.full_like(p.top_k, _NO_KEY), torch.full_like(p.top_k, _ALL))
+class Filters(NamedTuple):
+    """Which rows have which filter [B], k with 1 for the greedy ones, and the logit of min-p."""
+
+    by_k: Tensor
+    by_p: Tensor
+    by_min: Tensor
+    of_top_k: Tensor  # top-p is of the mass that top-k left
+    top_k: Tensor
+    least: Tensor
+    trims: Tensor  # top-k does, among equal logits
+
+
+def _filters(p: Parameters, m, tau, greedy, how: How, total: int) -> Filters:
     top_k = torch.where(greedy, 1, p.top_k)
     by_k, by_p = (top_k > 0) & (top_k < total), (p.top_p < 1) & ~greedy
-    by_min = (p.min_p > 0) & ~greedy
-    pool = None  # the mass of the top-k set
-    if _any(by_k):
-        trims = greedy | (not p.keep_ties)
-        found, pool = _shortest(mass, key, (m, c), trims, group, count=top_k)
-        kept = Prefix(*(torch.where(by_k, a, b) for a, b in zip(found, kept, strict=True)))
-        pool = torch.where(by_k & (not p.joint), pool, -1)
-    if _any(by_p):
-        trims = torch.full_like(greedy, not p.keep_ties)
-        found, _ = _shortest(mass, key, (m, c), trims, group, share=p.top_p, pool=pool)
-        kept = _shorter(kept, found, by_p)
-    if _any(by_min):
-        least = m.double() + tau.double() * p.min_p.double().log()
-        near = least.float()
-        up = torch.nextafter(near, torch.full_like(near, math.inf))
-        cut = _keys(torch.where(near < least, up, near))
-        kept = _shorter(kept, Prefix(cut, torch.full_like(cut, _ALL)), by_min)
+    least = m.double() + tau.double() * p.min_p.double().log()
+    near = least.float()
+    up = torch.nextafter(near, torch.full_like(near, math.inf))
+    least = torch.where(near < least, up, near)
+    of_top_k = by_k & by_p & (not how.joint)
+    trims = greedy | (not how.keep_ties)
+    return Filters(by_k, by_p, (p.min_p > 0) & ~greedy, of_top_k, top_k, least, trims)
+
+
+def _candidates(z, f: Filters, m, tau, p: Parameters, layout) -> tuple[Tensor, Tensor]:
+    """(logits, ids), ascending in a row, of a set that holds all kept tokens; the rest is −inf.
+
+    The bounds of csrc/kernels/sample.cpp. On CUDA, where their number cannot be read, all.
+    """
+    ids = torch.arange(layout.first, layout.first + z.shape[1], device=z.device).expand(z.shape)
+    if z.is_cuda or z.numel() == 0:
+        return z, ids
+    bound = torch.full_like(m, -torch.finfo(torch.float32).max)
+    widest = int(torch.where(f.by_k, f.top_k, 0).max())
+    if 0 < widest < z.shape[1]:
+        at = z.topk(widest).values.gather(1, (f.top_k.clamp(1, widest) - 1)[:, None])[:, 0]
+        bound = torch.where(f.by_k, bound.maximum(at), bound)
+    tail = (layout.total / (1 - p.top_p.double())).log().add(1e-4).clamp(max=30.6)
+    low = (m.double() - tau.double() * tail).clamp(min=-torch.finfo(torch.float32).max).float()
+    low = torch.nextafter(low, torch.full_like(low, -math.inf))
+    bound = torch.where(f.by_p & ~f.of_top_k, bound.maximum(low), bound)
+    bound = torch.where(f.by_min & ~f.of_top_k, bound.maximum(f.least), bound)
+    row, column = (z >= bound[:, None]).nonzero().unbind(1)
+    counts = row.bincount(minlength=len(z))
+    slot = torch.arange(len(row)) - _before(counts)[row]
+    size = (len(z), int(counts.max()))
+    few, few_ids = z.new_full(size, -math.inf), ids.new_zeros(size)
+    few[row, slot], few_ids[row, slot] = z[row, column], column + layout.first
+    return few, few_ids
+
+
+def _kept_prefix(mass, key, rest, scale, f: Filters, p: Parameters, how: How, group) -> Prefix:
+    kept = Prefix(torch.full_like(p.top_k, _NO_KEY), torch.full_like(p.top_k, _ALL))
+    pool = torch.full_like(p.top_k, -1)  # the mass of the top-k set
+    if _any(f.by_k):
+        found, inside = _shortest(mass, key, rest, scale, f.trims, group, count=f.top_k)
+        kept = Prefix(*(torch.where(f.by_k, a, b) for a, b in zip(found, kept, strict=True)))
+        pool = torch.where(f.of_top_k, inside, pool)
+    if _any(f.by_p):
+        trims = torch.full_like(f.trims, not how.keep_ties)
+        found, _ = _shortest(mass, key, rest, scale, trims, group, share=p.top_p, pool=pool)
+        kept = _shorter(kept, found, f.by_p)
+    if _any(f.by_min):
+        cut = _keys(f.least)
+        kept = _shorter(kept, Prefix(cut, torch.full_like(cut, _ALL)), f.by_min)
     return kept
 
 
@@ -214,10 +274,11 @@ def _shorter(a: Prefix, b: Prefix, where: Tensor) -> Prefix:
     return Prefix(torch.where(b_first, b.cut, a.cut), torch.where(b_first, b.ties, a.ties))
 
 
-def _shortest(mass, key, scale, trims, group, *, count=None, share=None, pool=None):
+def _shortest(mass, key, rest, scale, trims, group, *, count=None, share=None, pool=None):
     """(the shortest prefix of `count` keys, or of `share` of the mass, its mass) over all ranks.
 
-    `share` is of `pool` [B], and of the whole row where that is None or negative.
+    `share` is of `pool` [B], and of the whole row where that is negative: of the candidates and of
+    the `rest` of this rank's mass.
     """
     by = 0 if share is None else 1
     weights = torch.stack([(key < _NO_KEY).long(), mass], 1)  # [B, 2, V_local]
@@ -228,15 +289,16 @@ def _shortest(mass, key, scale, trims, group, *, count=None, share=None, pool=No
         inside = (key >> (shift + bits)) == (base >> (shift + bits))[:, None]
         digit = (key >> shift) & ((1 << bits) - 1)
         part = weights * inside[:, None]
-        table = part.new_zeros(len(part), 2, 1 << bits)
+        flat = part.new_zeros(len(part), (2 << bits) + 1)
+        flat[:, -1] = rest
+        table = flat[:, :-1].view(-1, 2, 1 << bits)
         table.scatter_add_(2, digit[:, None].expand_as(part), part)
-        dist.all_reduce(table, group=group)
+        dist.all_reduce(flat, group=group)
         if shift == _DIGITS[0][0]:
             everything = table.sum(2)
+            everything[:, 1] += flat[:, -1]
             if share is not None:
-                whole = everything[:, 1]
-                of = whole if pool is None else torch.where(pool < 0, whole, pool)
-                need = _share_of(share, of)
+                need = _share_of(share, torch.where(pool < 0, everything[:, 1], pool))
         running = table.cumsum(2) + below[..., None]
         found = (running[:, by] < need[:, None]).sum(1).clamp(max=(1 << bits) - 1)
         here = found[:, None, None].expand(-1, 2, 1)
@@ -301,10 +363,9 @@ def _before(x: Tensor) -> Tensor:
     return x.cumsum(0) - x
 
 
-def _support(stays: Tensor, counts: Tensor, first: int, group) -> Support:
+def _support(mine: Tensor, counts: Tensor, group) -> Support:
     """All ranks' kept ids as CSR, from [ranks, B] counts; ids of a row ascend in rank order."""
     sizes = counts.sum(1)
-    mine = stays.nonzero()[:, 1].int() + first
     padded = mine.new_zeros(int(sizes.max()))
     padded[: mine.numel()] = mine
     every = _gathered(padded, group)
