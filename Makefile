@@ -1,11 +1,11 @@
-# demo · test · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
+# demo · test · test-slow · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo test test-sglang test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
+.PHONY: setup build demo test test-slow test-sglang test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -23,7 +23,11 @@ demo: build
 	$(BIN)/pyrlk demo $(ARGS)
 
 test: build
-	$(BIN)/pytest tests -m "not gpu and not peers and not endurance" $(ARGS)
+	$(BIN)/pytest tests -m "not gpu and not peers and not slow and not endurance" $(ARGS)
+
+# Compiled ops over many lengths, the other targets of every kernel, longer grids.
+test-slow: build
+	$(BIN)/pytest tests -m "slow and not gpu and not peers and not endurance" --timeout 1800 $(ARGS)
 
 # Faults a hundred times each, ten thousand updates, a million frames.
 test-endurance: build

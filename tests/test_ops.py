@@ -16,6 +16,7 @@ import pyrlk.loss
 import pyrlk.mtp
 import pyrlk.reinforce
 import pyrlk.sampling
+import pyrlk.speculative
 
 OPS = torch.ops.pyrlk
 B, L, V = 3, 5, 100
