@@ -77,15 +77,15 @@ class Case:
         self.buffer.copy_(self.logits)
 
     def drop_in(self) -> None:
-        self.leaf.grad = None
         self.loss(self.leaf).backward()
+        self.leaf.grad = None  # a side frees its own gradient, as `fresh` does: munmap takes time
 
     def eager_loss(self, logits: torch.Tensor) -> torch.Tensor:
         return _eager(logits, self.tokens, self.old, self.advantages, **self.common)
 
     def eager(self, loss: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        self.leaf.grad = None
         (loss or self.eager_loss)(self.leaf).backward()
+        self.leaf.grad = None
 
     def error(self) -> tuple[float, float]:
         """(relative error of the gradient in norm, of the loss) against float64, on some rows."""
@@ -166,7 +166,6 @@ def run(
         sides["eager"] = case.eager
         sides["compile"] = lambda: case.eager(compiled)
     times = interleaved(sides, before={"inplace": case.restore}, rounds=rounds)
-    case.leaf.grad = None
     size = case.logits.nbytes
     row |= {
         "times": {side: t.as_dict() for side, t in times.items()},
