@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+
+from pyrlk.demo.record import Record
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -95,7 +96,7 @@ def test_a_killed_engine_costs_nothing_but_the_resume(start, tmp_path):
     error = killed.process.stderr.readline().rstrip()
     assert time.monotonic() - start_of_end < 5.0
     code, rest = killed.finish()
-    saved = torch.load(tmp_path / "killed" / "checkpoint.safetensors", weights_only=True)
+    saved = Record(tmp_path / "killed").load()
     assert code == 1
     assert rest == ""
     assert error == (
