@@ -110,9 +110,9 @@ struct Scratch {
   std::vector<RowStats> tile_stats;
 };
 
-// Parts worth a thread each: on busy cores a barrier costs more than a small region's work.
+// Parts worth a thread each: waking a thread costs as much as 10^5 elements.
 inline int useful_parts(int64_t elements, int parts) {
-  constexpr int64_t kElementsAThread = 1 << 15;
+  constexpr int64_t kElementsAThread = 1 << 17;
   return int(std::clamp<int64_t>(elements / kElementsAThread, 1, parts));
 }
 
