@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -68,9 +68,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[
-        "pyrlk",
-        "pyrlk.weights",
-        "pyrlk.demo",
+        *find_packages(include=["pyrlk", "pyrlk.*"]),
         "pyrlk.bench",
         "pyrlk.triton_kernels",
     ],
