@@ -20,10 +20,10 @@ class Kind:
 
 KINDS = {
     "dense": Kind("dense"),
-    "replica": Kind("dense"),
-    "tied": Kind("tied"),
-    "tp2": Kind("dense", flags=("--tp-size", "2"), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}),
     "moe": Kind("moe", torch.bfloat16),
+    "tied": Kind("tied"),
+    "replica": Kind("dense"),
+    "tp2": Kind("dense", flags=("--tp-size", "2"), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}),
 }
 
 
@@ -31,40 +31,59 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "server(*names): the servers that a test asks for")
 
 
+WANTED = pytest.StashKey[list[list[str]]]()
+
+
+def names_of(item) -> list[str]:
+    return [name for mark in item.iter_markers("server") for name in mark.args]
+
+
 def pytest_collection_modifyitems(config, items):
-    wanted: dict[str, None] = {}
-    for item in items:
-        if HERE in Path(item.fspath).parents:
-            item.add_marker(pytest.mark.sglang)
-            item.add_marker(pytest.mark.timeout(2 * START))
-            for mark in item.iter_markers("server"):
-                wanted |= dict.fromkeys(mark.args)
-    config.stash[WANTED] = list(wanted)
-
-
-WANTED = pytest.StashKey[list[str]]()
+    """One server's tests after another's: few are there at once."""
+    order = list(KINDS)
+    items.sort(key=lambda item: max(map(order.index, names_of(item)), default=-1))
+    ours = [item for item in items if HERE in Path(item.fspath).parents]
+    for item in ours:
+        item.add_marker(pytest.mark.sglang)
+        item.add_marker(pytest.mark.timeout(2 * START))
+    config.stash[WANTED] = [names_of(item) for item in ours]
 
 
 class Servers:
-    """servers("dense") is that server, up. The first call starts all that the tests ask for.
+    """servers("dense") is that server, up.
 
-    A server that has died is an error at the next call: none is started again unless `stop` was
-    called.
+    The one that is needed next starts while this one is used, and a server ends with its last test.
+    One that has died is an error at the next call: none is started again unless `stop` was called.
     """
 
-    def __init__(self, folder: Path, ahead: list[str]):
+    def __init__(self, folder: Path, wanted: list[list[str]]):
         self.folder = folder
-        self._ahead = ahead
+        self._wanted = wanted  # of each test that is still to come
         self._running: dict[str, Server] = {}
 
     def __call__(self, name: str) -> Server:
-        ahead, self._ahead = self._ahead, []
-        for each in (name, *ahead):
-            if each not in self._running:
-                self._running[each] = self.start(each)
-        server = self._running[name].wait()
+        server = self._start(name).wait()
         assert not server.ended(), server.tail()
+        for other in self._ahead():
+            self._start(other)
         return server
+
+    def one_test_less(self) -> None:
+        del self._wanted[0]
+        for name in list(self._running):
+            if not any(name in names for names in self._wanted):
+                self.stop(name)
+
+    def _ahead(self) -> list[str]:
+        for names in self._wanted:
+            if any(name not in self._running for name in names):
+                return names
+        return []
+
+    def _start(self, name: str) -> Server:
+        if name not in self._running:
+            self._running[name] = self.start(name)
+        return self._running[name]
 
     def start(self, name: str, port: int | None = None) -> Server:
         """One more server of that kind, not waited for and not kept."""
@@ -92,6 +111,12 @@ def servers(request, tmp_path_factory):
     yield running
     running.close()
     Parent.end()
+
+
+@pytest.fixture(autouse=True)
+def _count(servers):
+    yield
+    servers.one_test_less()
 
 
 @pytest.fixture(scope="session")

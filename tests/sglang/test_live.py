@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from live import PROMPT, make_model
+from live import PROMPT, PYTHON, SITE, make_model
 from safetensors.torch import save_file
 
 from pyrlk import weights
+from pyrlk.weights import sglang_server
 
 TOLERANCE = 1e-5  # float32 log-probs against transformers
 ROUNDS = int(os.environ.get("PYRLK_LIVE_ROUNDS", "10"))
@@ -161,13 +166,12 @@ CASES = {
     "shape": weights.ShapeMismatch,
     "dtype": weights.DtypeMismatch,
     "twice": ValueError,
-    "payloads": weights.Unsupported,
 }
 
 
-@on("tp2")
+@on("dense")
 @BOTH_MODES
-def test_nothing_kills_the_server(servers, name, mode, monkeypatch):
+def test_nothing_kills_the_server(servers, name, mode):
     server = servers(name)
     goods = [make_model("dense", seed).state_dict() for seed in (3, 4)]
     with publisher(server, mode) as p:
@@ -181,12 +185,8 @@ def test_nothing_kills_the_server(servers, name, mode, monkeypatch):
         turn = 1
         for _ in range(ROUNDS):
             for case, kind in CASES.items():
-                sent, version = broken(case, goods[0]), server.next_version()
-                with monkeypatch.context() as patch:
-                    if case == "payloads":
-                        one_payload_too_few(patch)
-                    with pytest.raises(kind):
-                        p.update(sent, version=version)
+                with pytest.raises(kind):
+                    p.update(broken(case, goods[0]), version=server.next_version())
                 assert server.checksums() == sums[turn], case
                 turn = 1 - turn
                 assert update(turn) == sums[turn], case
@@ -194,14 +194,28 @@ def test_nothing_kills_the_server(servers, name, mode, monkeypatch):
     assert server.gap(make_model("dense", 3 + turn)) <= TOLERANCE
 
 
-def one_payload_too_few(patch):
-    """As if a rank had been forgotten; SGLang itself would die of it."""
-    send = weights.sglang_server.Server.update
+@on("tp2")
+@BOTH_MODES
+def test_a_wrong_number_of_payloads(servers, name, mode, monkeypatch):
+    """As if a rank had been forgotten: SGLang itself would die of it."""
+    server = servers(name)
+    model = make_model("dense", 10)
+    send = sglang_server.Server.update
 
     def short(self, payloads, *args):
         return send(self, payloads[:-1], *args)
 
-    patch.setattr(weights.sglang_server.Server, "update", short)
+    with publisher(server, mode) as p:
+        p.update(model, version=server.next_version())
+        before = server.checksums()
+        for _ in range(ROUNDS):
+            with monkeypatch.context() as patch:
+                patch.setattr(sglang_server.Server, "update", short)
+                with pytest.raises(weights.Unsupported, match="tp-size"):
+                    p.update(make_model("dense", 11), version=server.next_version())
+            assert server.checksums() == before
+            p.update(model, version=server.next_version())
+    assert server.gap(model) <= TOLERANCE
 
 
 @on("tp2")
@@ -216,7 +230,8 @@ def test_a_load_weights_that_raises(servers, name, rank):
             p.update(goods[step % 2], version=server.next_version())
             before, version = server.checksums(), server.version()
             fault.touch()
-            some = dict(list(goods[0].items())[: 5 + step])  # a new manifest is recorded anew
+            names = list(goods[0])[rank : 5 + step]  # a new manifest is recorded anew
+            some = {name: goods[0][name] for name in names}
             with pytest.raises(weights.ApplyFailed, match=rf"rank {rank}.*injected") as caught:
                 p.update(some, version=server.next_version(), partial=True)
             fault.unlink()
@@ -302,3 +317,49 @@ def test_a_server_that_is_killed(servers, name):
             assert again.gap(model) <= TOLERANCE
         finally:
             again.kill()
+
+
+def doctor(*arguments):
+    """Its lines by name, from a process of its own that has pyrlk as the server has it."""
+    command = [sys.executable, "-m", "pyrlk.cli", "doctor", "--json", *arguments]
+    environment = {**os.environ, "PYTHONPATH": SITE}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd="/", check=False
+    )
+    lines = json.loads(done.stdout)["lines"]
+    return done.returncode, {line["name"]: line for line in lines}
+
+
+@on("dense")
+def test_doctor_sees_the_server_and_its_interpreter(servers, name):
+    server = servers(name)
+    code, lines = doctor("--engine-url", server.url, "--engine-python", PYTHON)
+    assert code == 0
+    assert lines["engine"]["value"].startswith("SGLang 0.5.23, tp 1, pp 1, float32")
+    assert lines["engine dialect"]["value"] == "begin/end sessions"
+    assert lines["engine loader"]["value"].startswith("yes")
+    loader = lines["engine python"]["value"]
+    assert loader.startswith("yes: loader imported")
+    assert "sglang 0.5.23" in loader
+    assert os.path.realpath(loader.split("pyrlk in ")[1]) == os.path.realpath(f"{SITE}/pyrlk")
+
+
+@on("dense")
+def test_doctor_sees_an_update_that_broke_off(servers, name):
+    server = servers(name)
+    version = server.next_version()
+    server.post("/update_weight_version", {"new_version": f"pyrlk-updating:{version}"})
+    code, lines = doctor("--engine-url", server.url)
+    assert code == 0
+    assert lines["engine"]["cure"] == "send a full update"
+    with publisher(server, "auto") as p:
+        with pytest.raises(weights.EngineDirty):
+            p.update({"model.norm.weight": torch.ones(64)}, version=version + 1, partial=True)
+        assert p.update(make_model("dense", 12), version=version + 1).mode == "plan"
+    assert server.version() == str(version + 1)
+
+
+def test_pyrlk_lies_in_a_folder_of_its_own():
+    """On the server's path it hides none of its packages."""
+    found = {path.name.split("-")[0] for path in Path(SITE).iterdir()}
+    assert found - {"bin"} == {"pyrlk"}
