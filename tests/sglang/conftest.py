@@ -98,6 +98,9 @@ class Servers:
         if name in self._running:
             self._running.pop(name).kill()
 
+    def items(self):
+        return self._running.items()
+
     def close(self) -> None:
         for name in list(self._running):
             self.stop(name)
@@ -111,6 +114,16 @@ def servers(request, tmp_path_factory):
     yield running
     running.close()
     Parent.end()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows what the servers said last."""
+    report = yield
+    running = getattr(item, "funcargs", {}).get("servers")
+    if report.failed and running is not None:
+        report.sections += [(f"server {name}", s.tail()) for name, s in running.items()]
+    return report
 
 
 @pytest.fixture(autouse=True)
