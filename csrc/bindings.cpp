@@ -120,6 +120,13 @@ void bind_kernels(py::module_& module) {
   using PyTerms = std::tuple<bool, double, double, double, double, int, double, bool, double>;
   static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
   static const auto int64s = [](Address address) { return reinterpret_cast<int64_t*>(address); };
+  static const auto int32s = [](Address address) { return reinterpret_cast<int32_t*>(address); };
+  static const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
+  static const auto uint8s = [](Address address) { return reinterpret_cast<uint8_t*>(address); };
+  static const auto uint32s = [](Address address) { return reinterpret_cast<uint32_t*>(address); };
+  static const auto kept_rows = [](Support* support) {
+    return support == nullptr ? nullptr : support->rows.data();
+  };
   static const auto to_rows = [](const PyRows& r) {
     const auto& [data, dtype, count, vocab, width, inner, outer_stride, inner_stride] = r;
     return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,       vocab, width,
@@ -129,7 +136,7 @@ void bind_kernels(py::module_& module) {
     return pyrlk::Temperature{std::get<0>(t), pointer(std::get<1>(t))};
   };
   static const auto to_kept = [](const PyKept& k) {
-    return pyrlk::KeptIds{static_cast<const int32_t*>(pointer(k.first)), int64s(k.second)};
+    return pyrlk::KeptIds{int32s(k.first), int64s(k.second)};
   };
   static const auto to_terms = [](const PyTerms& t) {
     const auto& [clipped, low, high, dual_clip, delta, kl, kl_coef, kl_importance, entropy] = t;
@@ -211,9 +218,8 @@ void bind_kernels(py::module_& module) {
           "write",
           [](const Support& self, Address ids, int64_t capacity, Address offsets, Address bits,
              int64_t words, Address status) {
-            self.write(static_cast<int32_t*>(pointer(ids)), capacity, int64s(offsets),
-                       static_cast<uint32_t*>(pointer(bits)), words,
-                       static_cast<uint8_t*>(pointer(status)));
+            self.write(int32s(ids), capacity, int64s(offsets), uint32s(bits), words,
+                       uint8s(status));
           },
           py::arg("ids"), py::arg("capacity"), py::arg("offsets"), py::arg("bits"),
           py::arg("words"), py::arg("status"));
@@ -223,7 +229,6 @@ void bind_kernels(py::module_& module) {
          Address seed, Address position, Address allowed, bool joint, bool keep_ties, Address token,
          Address logprob, Address full_logprob, Address kept, Address status, Support* support,
          int threads) {
-        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
         const pyrlk::SampleArgs args{to_rows(logits),
                                      floats(temperature),
                                      floats(top_p),
@@ -231,15 +236,15 @@ void bind_kernels(py::module_& module) {
                                      int64s(top_k),
                                      int64s(seed),
                                      int64s(position),
-                                     static_cast<const uint32_t*>(pointer(allowed)),
+                                     uint32s(allowed),
                                      joint,
                                      keep_ties,
                                      int64s(token),
                                      floats(logprob),
                                      floats(full_logprob),
-                                     static_cast<int32_t*>(pointer(kept)),
-                                     static_cast<uint8_t*>(pointer(status)),
-                                     support == nullptr ? nullptr : support->rows.data()};
+                                     int32s(kept),
+                                     uint8s(status),
+                                     kept_rows(support)};
         const py::gil_scoped_release nogil;
         return pyrlk::sample(args, threads);
       },
@@ -253,24 +258,15 @@ void bind_kernels(py::module_& module) {
          int64_t depth, Address temperature, Address top_k, Address top_p, Address min_p,
          Address seed, Address position, Address token, Address accepted, Address logprob,
          Address full_logprob, Address status, Support* support, int threads) {
-        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
         const pyrlk::Rows proposed = draft ? to_rows(*draft) : pyrlk::Rows{};
-        const pyrlk::VerifyArgs args{to_rows(target),
-                                     draft ? &proposed : nullptr,
-                                     int64s(draft_tokens),
-                                     depth,
-                                     floats(temperature),
-                                     floats(top_p),
-                                     floats(min_p),
-                                     int64s(top_k),
-                                     int64s(seed),
-                                     int64s(position),
-                                     int64s(token),
-                                     static_cast<int32_t*>(pointer(accepted)),
-                                     floats(logprob),
-                                     floats(full_logprob),
-                                     static_cast<uint8_t*>(pointer(status)),
-                                     support == nullptr ? nullptr : support->rows.data()};
+        const pyrlk::VerifyArgs args{to_rows(target),      draft ? &proposed : nullptr,
+                                     int64s(draft_tokens), depth,
+                                     floats(temperature),  floats(top_p),
+                                     floats(min_p),        int64s(top_k),
+                                     int64s(seed),         int64s(position),
+                                     int64s(token),        int32s(accepted),
+                                     floats(logprob),      floats(full_logprob),
+                                     uint8s(status),       kept_rows(support)};
         const py::gil_scoped_release nogil;
         return pyrlk::verify_draft(args, threads);
       },

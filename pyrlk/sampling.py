@@ -85,8 +85,8 @@ def sample(
     return_support : bool
     support_capacity : int, optional
         Size of the id buffer. A row that does not fit gets status OVERFLOW, and its kept set as
-        bits (see `Support`). Default on CUDA: B·top_k for a host top_k > 0, else B·4096; on CPU:
-        the exact size.
+        bits (see `Support`); losses and log-probs on CUDA take such a support after `trim()`.
+        Default on CUDA: B·top_k for a host top_k > 0, else B·4096; on CPU: the exact size.
     portable : bool
         Choose by exact integer masses: token and kept set are the same bits on every device. On CPU
         they always are.
@@ -105,7 +105,7 @@ def sample(
     ------
     TypeError, ValueError
         Naming the argument. A bad value inside a parameter tensor is a ValueError with its index on
-        CPU; on CUDA that row gets status INVALID.
+        CPU; on CUDA that row gets status INVALID, or under PYRLK_CHECK=1 the same error.
     """
     z, shard = _vocab.find("logits", logits, -1, group)
     z = _check.logits(z, sharded=shard.sharded).detach()
@@ -304,6 +304,9 @@ def _run_cuda(logits, *arguments):
     """The results of `sample`, and what the kernel for supports reads."""
     from .triton_kernels import sample as kernels
 
+    if _check.reads_values(logits):
+        tau, _, p, least, *_ = arguments
+        _check_rows(tau, p, least)
     out = _outputs(logits)
     return out, kernels.sample_fwd(logits, *arguments, *out)
 
