@@ -327,8 +327,8 @@ inline void keep(const float* z, int64_t n, float m, float c, const Params& p, i
       });
       total = std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
     }
-    kept = shorter(kept, shortest_prefix(keys, masses, count, needed_mass(p.top_p, total),
-                                         p.keep_ties, s));
+    kept = shorter(
+        kept, shortest_prefix(keys, masses, count, needed_mass(p.top_p, total), p.keep_ties, s));
   }
   if (min_p) kept = shorter(kept, {order_key(round_up(floor)), Prefix{}.ties});
 

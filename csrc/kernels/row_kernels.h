@@ -175,7 +175,8 @@ uint64_t mass_below(const uint32_t* keys, const uint64_t* masses, int64_t n, uin
 template <class Body>
 inline void for_keys(int64_t n, Body body) {
   constexpr uint32_t kAll = (1u << kWidth) - 1;
-  for (int64_t i = 0; i < n; i += kWidth) body(i, n - i < kWidth ? kAll >> (kWidth - (n - i)) : kAll);
+  for (int64_t i = 0; i < n; i += kWidth)
+    body(i, n - i < kWidth ? kAll >> (kWidth - (n - i)) : kAll);
 }
 
 int64_t keys_within(const uint32_t* keys, const uint64_t* masses, int64_t n, uint32_t low,
