@@ -27,9 +27,11 @@ from .errors import (
     Unsupported,
     UpdateError,
 )
+from .local_session import Local
 from .memory import share
-from .publisher import EngineReport, Local, Publisher, UpdateReport
+from .publisher import Publisher
 from .receiver import Receiver
+from .report import EngineReport, UpdateReport
 from .sglang import SGLang
 
 __all__ = [

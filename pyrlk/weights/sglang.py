@@ -17,7 +17,7 @@ from typing import Any
 
 from . import manifest
 from .errors import Unsupported
-from .publisher import Session, Target
+from .session import Session, Target
 from .sglang_plan import PlanSession
 from .sglang_server import LOADER, Server
 from .sglang_session import BucketSession, Settings

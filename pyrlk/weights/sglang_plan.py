@@ -33,7 +33,8 @@ from .errors import (
     Timeout,
     UpdateError,
 )
-from .publisher import Clock, Outcome, Plan
+from .packing import Plan
+from .report import Clock, Outcome
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
 from .sglang_session import ServerSession, Settings

@@ -19,7 +19,8 @@ import torch
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
 from .errors import EngineDirty, StagingError, StaleVersion, UpdateError
-from .publisher import Clock, Outcome, Plan
+from .packing import Plan
+from .report import Clock, Outcome
 from .sglang_server import DIRTY, Info, Lock, Server
 
 
