@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import Unsupported
-from .source import ModuleState, Table
+from ..errors import Unsupported
+from ..source import ModuleState, Table
 
 # Buffers that are weights: part of a checkpoint and changed in training.
 BUFFERS = ("e_score_correction_bias", "expert_bias")
