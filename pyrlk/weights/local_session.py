@@ -37,8 +37,12 @@ class Local(Target):
     def __post_init__(self) -> None:
         wire.check_path(self.socket_path)
 
+    @property
+    def address(self) -> str:
+        return wire.check_path(self.socket_path)
+
     def open(self, patience: float, timeout: float) -> Session:
-        return LocalSession(wire.check_path(self.socket_path), patience, timeout)
+        return LocalSession(self.address, patience, timeout)
 
 
 _MODES = {
@@ -152,18 +156,16 @@ class LocalSession:
         """Pack and hand over every bucket; returns when the receiver serves the new version."""
         threads = torch.get_num_threads()
         self._announce(plan.segments)
-        for bucket, copies in enumerate(plan.copies):
+        for bucket in range(plan.layout.staged):
             slot = self._ring.free_slot()
             while slot is None:
                 self._await_ack()
                 slot = self._ring.free_slot()
             clock.lap("wait")
             slot.fill()
-            sums = slot.segment.pack(copies, checksum=verify, threads=threads)
-            slot.segment.finish()
-            plan.note_sums(bucket, sums)
+            sums = plan.start(bucket, slot.segment, verify).wait(self._timeout)
             slot.ready()
-            message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums))
+            message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums or ()))
             self.handed_over = True
             self._send(Type.BUCKET, message.encode())
             clock.lap("pack")
@@ -239,6 +241,9 @@ class LocalSession:
                 self._send(Type.CLOSE)
                 if cuda:
                     self._expect(Type.CLOSED)
+        self.abandon()
+
+    def cancel(self) -> None:
         self.abandon()
 
     def abandon(self) -> None:

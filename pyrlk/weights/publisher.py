@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import gather, wire
-from .errors import EngineDirty, PeerLost, Timeout, Unsupported, UpdateError
-from .packing import Plan
+from .errors import EngineDirty, PeerLost, Timeout, UpdateError
+from .packing import Plan, ShardedPlan, TensorPlan
+from .ranks import Ranks
 from .report import Clock, EngineReport, UpdateReport
 from .session import Session, Target
-from .source import ModuleState, NamedTensors, Source
+from .source import ModuleState, NamedTensors, Sharded, Source
 
 SELECTORS = ("all", "target", "draft")
 
@@ -36,8 +38,9 @@ class Publisher:
     ----------
     target : Local, SGLang, or a list of them
         The engine, or several.
-    group : None
-        One process publishes: gather sharded tensors first.
+    group : ProcessGroup, optional
+        The ranks of the trainer: `update` and `ensure` are then collective over it, and end the
+        same on each. Its rank 0 talks to the engines. Every rank makes the same Publisher.
     bucket_bytes : int
         Largest staging bucket; a larger tensor gets a bucket of its own.
     buffers : int
@@ -61,7 +64,7 @@ class Publisher:
         self,
         target: Target | Sequence[Target],
         *,
-        group: None = None,
+        group: dist.ProcessGroup | None = None,
         bucket_bytes: int = 512 << 20,
         buffers: int = 2,
         verify: str = "copy",
@@ -77,8 +80,8 @@ class Publisher:
                 )
         if not targets or len(set(map(repr, targets))) != len(targets):
             raise ValueError("target: a list must not be empty and not name an engine twice")
-        if group is not None:
-            raise Unsupported("group: one process publishes; gather sharded tensors to it first")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group must be a ProcessGroup, got {type(group).__name__}")
         if on_failure not in ("isolate", "all"):
             raise ValueError(f'on_failure must be "isolate" or "all", got {on_failure!r}')
         _check_int("bucket_bytes", bucket_bytes, 1, 1 << 46)
@@ -94,19 +97,22 @@ class Publisher:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
-        self._plan: Plan | None = None  # of the last update
+        self._group = group
+        self._ranks = None if group is None else Ranks(group, self._timeout)
+        self._plan: TensorPlan | ShardedPlan | None = None  # of the last update
         self._module: gather.Checkpoint | ModuleState | None = None
         self._last: _Last | None = None
         self._direct = all(one.direct for one in targets)
         self._several = isinstance(target, list | tuple)
         self._all_or_none = on_failure == "all"
+        self._isolates = self._several and not self._all_or_none
         self._engines = [_Engine(one, self._timeout) for one in targets]
         self._finalizer = weakref.finalize(self, _close_sessions, self._engines, self._pid)
 
     @torch.no_grad()
     def update(
         self,
-        named_tensors: NamedTensors,
+        named_tensors: NamedTensors | Sharded,
         *,
         version: int,
         partial: bool = False,
@@ -116,9 +122,11 @@ class Publisher:
 
         Parameters
         ----------
-        named_tensors : mapping, iterable of (name, tensor), or nn.Module
+        named_tensors : mapping, iterable of (name, tensor), nn.Module, or Sharded
             A module stands for its `state_dict()`, a transformers model for `gather.hf(module)`:
-            the names of its checkpoint. Tensors that share memory are sent once.
+            the names of its checkpoint. Tensors that share memory are sent once. With `group=`:
+            the same on every rank, of which rank 0's are sent; or a source of `weights.gather`
+            whose tensors lie on the ranks in parts.
         version : int
             Must rise from update to update.
         partial : bool
@@ -132,26 +140,24 @@ class Publisher:
             Found before any byte was copied; the engine goes on with its old version.
         ChecksumMismatch, ApplyFailed, PeerLost, Timeout, ProtocolError, StagingError, Unsupported
             `error.dirty` says whether the engine may hold a mixture and needs a full update.
+        RanksDisagree
+            With `group=`: the ranks came with different versions or tensors. Nothing was touched.
         TypeError, ValueError
             An argument is not what it should be.
         """
-        _check_int("version", version, 0, 1 << 62)
-        if not isinstance(partial, bool):
-            raise TypeError(f"partial must be a bool, got {type(partial).__name__}")
-        if selector not in SELECTORS:
-            raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
         with self._lock:
             self._check_usable()
             clock = Clock()
-            plan = self._plan_of(named_tensors)
-            clock.lap("plan")
-            order = _Order(version, partial, self._verify, selector, self._buffers)
-            source = self._remembered(named_tensors)
-            try:
-                report = self._publish(self._engines, plan, order, clock)
-            finally:
-                plan.forget_tensors()
-            self._last = _Last(order, source)
+
+            def prepare() -> tuple[Plan, _Last]:
+                order = self._order(version, partial, selector)
+                plan = self._plan_of(named_tensors, clock)
+                return plan, _Last(order, self._remembered(named_tensors))
+
+            def publish(plan: Plan, order: _Order) -> UpdateReport:
+                return self._publish(self._engines, plan, order, clock)
+
+            report, self._last = self._together("update", prepare, publish)
             return report
 
     @torch.no_grad()
@@ -179,29 +185,35 @@ class Publisher:
         UpdateError
             As `update`.
         """
-        _check_int("version", version, 0, 1 << 62)
         with self._lock:
             self._check_usable()
-            last = self._last
-            if last is None or last.order.version != version:
-                known = "none" if last is None else str(last.order.version)
-                raise ValueError(
-                    f"version must be that of the last update ({known}), got {version}"
-                )
-            late = [engine for engine in self._engines if not engine.has(version)]
-            if not late:
-                return None
-            if last.order.partial:
-                raise EngineDirty(f"version {version} was partial: send a full update")
             clock = Clock()
-            plan = self._plan_of(last.source())
-            clock.lap("plan")
-            plan.same_sums = True
-            try:
-                return self._publish(late, plan, last.order, clock)
-            finally:
-                plan.same_sums = False
-                plan.forget_tensors()
+
+            def prepare() -> tuple[Plan, _Last]:
+                _check_int("version", version, 0, 1 << 62)
+                last = self._last
+                if last is None or last.order.version != version:
+                    known = "none" if last is None else str(last.order.version)
+                    raise ValueError(
+                        f"version must be that of the last update ({known}), got {version}"
+                    )
+                return self._plan_of(last.source(), clock), last
+
+            def publish(plan: Plan, order: _Order) -> UpdateReport | None:
+                late = self._late(order.version)
+                if not late:
+                    return None
+                if order.partial:
+                    raise EngineDirty(f"version {version} was partial: send a full update")
+                plan.same_sums = True
+                try:
+                    return self._publish(late, plan, order, clock)
+                finally:
+                    plan.same_sums = False
+
+            if self._ranks is None and self._last is not None and not self._late(version):
+                return None
+            return self._together("ensure", prepare, publish)[0]
 
     def release_staging(self) -> None:
         """Give the staging memory back until the next update, which allocates it anew.
@@ -232,7 +244,87 @@ class Publisher:
         if os.getpid() != self._pid:
             raise RuntimeError("a Publisher cannot be used in a forked child: make one there")
 
-    def _plan_of(self, named_tensors: NamedTensors) -> Plan:
+    def _order(self, version: int, partial: bool, selector: str) -> _Order:
+        _check_int("version", version, 0, 1 << 62)
+        if not isinstance(partial, bool):
+            raise TypeError(f"partial must be a bool, got {type(partial).__name__}")
+        if selector not in SELECTORS:
+            raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
+        return _Order(version, partial, self._verify, selector, self._buffers)
+
+    def _late(self, version: int) -> list[_Engine]:
+        return [engine for engine in self._engines if not engine.has(version)]
+
+    def _together(
+        self,
+        call: str,
+        prepare: Callable[[], tuple[Plan, _Last]],
+        publish: Callable[[Plan, _Order], Any],
+    ) -> tuple[Any, _Last]:
+        """Prepare on every rank, publish on rank 0; the same result or error on all of them."""
+        if self._ranks is None:
+            plan, last = prepare()
+            try:
+                return publish(plan, last.order), last
+            finally:
+                plan.forget_tensors()
+        wish: dict[str, Any] | Exception
+        try:
+            plan, last = prepare()
+            wish = self._wish(call, plan, last.order)
+        except Exception as error:
+            wish = error
+        try:
+            report = self._ranks.run(
+                wish,
+                lead=lambda: _as_json(publish(plan, last.order)),
+                serve=lambda what: plan.serve(what, self._timeout),
+            )
+        finally:
+            if not isinstance(wish, Exception):
+                plan.forget_tensors()
+        targets = [engine.target for engine in self._engines]
+        return report and UpdateReport.from_json(report, targets), last
+
+    def _wish(self, call: str, plan: Plan, order: _Order) -> dict[str, Any]:
+        """What must be equal on every rank."""
+        return {
+            "call": call,
+            "version": order.version,
+            "partial": order.partial,
+            "selector": order.selector,
+            "verify": order.verify,
+            "bucket_bytes": self._bucket_bytes,
+            "engines": [engine.target.address for engine in self._engines],
+            "named_tensors": plan.form(),
+        }
+
+    def _plan_of(self, named_tensors: NamedTensors | Sharded, clock: Clock) -> Plan:
+        try:
+            if isinstance(named_tensors, Sharded):
+                return self._sharded_plan(named_tensors)
+            return self._tensor_plan(named_tensors)
+        finally:
+            clock.lap("plan")
+
+    def _sharded_plan(self, source: Sharded) -> Plan:
+        known = source.group
+        if known is not None and dist.get_world_size(known) > 1:
+            group = self._group
+            if group is None or _members(known) != _members(group):
+                raise ValueError(
+                    "named_tensors lies on the ranks of a group: pass it as Publisher(…, group=)"
+                )
+        specs = source.specs()
+        plan = self._plan
+        if isinstance(plan, ShardedPlan) and plan.fits(source, specs):
+            plan.take(source)
+        else:
+            self._plan = None  # an error below must not leave the old one
+            self._plan = plan = ShardedPlan(source, specs, self._bucket_bytes, self._ranks)
+        return plan
+
+    def _tensor_plan(self, named_tensors: NamedTensors) -> Plan:
         if isinstance(named_tensors, nn.Module):
             if self._module is None or not self._module.of(named_tensors):
                 known = gather.is_hf(named_tensors)
@@ -241,11 +333,11 @@ class Publisher:
         source = Source(named_tensors)
         exports = source.exports() if self._direct else []
         plan = self._plan
-        if plan is not None and source.fits(plan.source) and exports == plan.exports:
+        if isinstance(plan, TensorPlan) and source.fits(plan.source) and exports == plan.exports:
             plan.take(source)
         else:
             self._plan = None  # an error below must not leave the old one
-            self._plan = plan = Plan(source, self._bucket_bytes, exports)
+            self._plan = plan = TensorPlan(source, self._bucket_bytes, exports)
         return plan
 
     def _publish(
@@ -253,24 +345,14 @@ class Publisher:
     ) -> UpdateReport:
         """Carry an order out on each engine."""
         entries = [EngineReport(engine.target) for engine in engines]
-        begun: list[_Engine] = []
         try:
             if self._all_or_none:
                 for engine in engines:
-                    begun.append(engine)
                     engine.begin(plan, order, clock)
-            for engine, entry in zip(engines, entries, strict=True):
-                own = clock.copy()
-                try:
-                    if not self._all_or_none:
-                        engine.begin(plan, order, own)
-                    entry.report = engine.send(plan, order, own)
-                except UpdateError as error:
-                    if self._all_or_none or not self._several:
-                        raise
-                    entry.error = error
+            for batch in _batches(list(zip(engines, entries, strict=True))):
+                self._publish_to(batch, plan, order, clock.copy())
         except BaseException:
-            for engine in begun:
+            for engine in engines:
                 engine.cancel()
             raise
         done = [entry.report for entry in entries if entry.report is not None]
@@ -278,12 +360,43 @@ class Publisher:
             raise next(entry.error for entry in entries if entry.error is not None)
         return dataclasses.replace(done[0], engines=entries) if self._several else done[0]
 
-    def _remembered(self, named_tensors: NamedTensors) -> Callable[[], NamedTensors]:
+    def _publish_to(self, batch: _Batch, plan: Plan, order: _Order, clock: Clock) -> None:
+        """One engine, or several that take each bucket at the same time."""
+        ready: _Batch = []
+        for engine, entry in batch:
+            with self._isolating(entry):
+                if not self._all_or_none:
+                    engine.begin(plan, order, clock)
+                ready.append((engine, entry))
+        if not ready:
+            return
+        if not batch[0][0].target.jointly:
+            engine, entry = ready[0]
+            with self._isolating(entry):
+                entry.report = engine.send(plan, order, clock)
+            return
+        sessions: list[Any] = [engine.session for engine, _ in ready]
+        results = sessions[0].send_all(sessions, plan, order.verify, self._isolates, clock)
+        for (engine, entry), result in zip(ready, results, strict=True):
+            with self._isolating(entry):
+                entry.report = engine.take(result, plan, order, clock.copy())
+
+    @contextlib.contextmanager
+    def _isolating(self, entry: EngineReport) -> Iterator[None]:
+        """What goes wrong with one of several engines is noted, and the others go on."""
+        try:
+            yield
+        except UpdateError as error:
+            if not self._isolates:
+                raise
+            entry.error = error
+
+    def _remembered(self, named_tensors: NamedTensors | Sharded) -> Callable[[], Any]:
         """Where `ensure` finds the tensors of an update; nothing is kept alive for it."""
-        if isinstance(named_tensors, nn.Module):
-            module = weakref.ref(named_tensors)
-            return lambda: _still_there(module())
-        assert self._plan is not None
+        if isinstance(named_tensors, nn.Module | Sharded):
+            source = weakref.ref(named_tensors)
+            return lambda: _still_there(source())
+        assert isinstance(self._plan, TensorPlan)
         names = self._plan.source.names
         references = list(map(weakref.ref, self._plan.source.tensors))
         return lambda: [(n, _still_there(r())) for n, r in zip(names, references, strict=True)]
@@ -343,6 +456,22 @@ class _Engine:
         assert session is not None  # begin() comes first
         with self._dropping(session):
             applied = session.send(plan, order.verify, clock)
+        return self._updated(session, applied, plan, order, clock)
+
+    def take(
+        self, result: wire.Applied | UpdateError, plan: Plan, order: _Order, clock: Clock
+    ) -> UpdateReport:
+        """What sending to several engines at once has come to in this one."""
+        session = self.session
+        assert session is not None
+        with self._dropping(session):
+            if isinstance(result, UpdateError):
+                raise result
+        return self._updated(session, result, plan, order, clock)
+
+    def _updated(
+        self, session: Session, applied: wire.Applied, plan: Plan, order: _Order, clock: Clock
+    ) -> UpdateReport:
         self._boot, self._version = session.boot, order.version
         outcome = session.outcome(plan.layout)
         clock.seconds["verify"] = applied.verify_seconds
@@ -362,8 +491,10 @@ class _Engine:
 
     def cancel(self) -> None:
         """Leave an update that was begun and not sent: the engine goes on as it was."""
-        if self.session is not None and not self.session.settled:
-            self._drop(self.session)
+        session = self.session
+        if session is not None and not session.settled:
+            self.session = None
+            session.cancel()
 
     def has(self, version: int) -> bool:
         """Whether the engine took that version from us and still runs."""
@@ -400,6 +531,24 @@ class _Engine:
     def _drop(self, session: Session) -> None:
         self.session = None
         session.abandon()
+
+
+_Batch = list[tuple[_Engine, EngineReport]]
+
+
+def _batches(pairs: _Batch) -> list[_Batch]:
+    """Engines one by one, but those that are sent to jointly."""
+    joint = [pair for pair in pairs if pair[0].target.jointly]
+    alone = [[pair] for pair in pairs if not pair[0].target.jointly]
+    return [*alone, joint] if joint else alone
+
+
+def _members(group: dist.ProcessGroup) -> set[int]:
+    return set(dist.get_process_group_ranks(group))
+
+
+def _as_json(report: UpdateReport | None) -> dict[str, Any] | None:
+    return None if report is None else report.to_json()
 
 
 def _close_sessions(engines: list[_Engine], pid: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import UpdateError
+from .errors import UpdateError, heard, said
 
 if TYPE_CHECKING:
     from .session import Target
@@ -73,6 +75,31 @@ class UpdateReport:
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
+    def to_json(self) -> dict[str, Any]:
+        """For the other ranks of a trainer; without targets, which they have."""
+        return dataclasses.asdict(dataclasses.replace(self, engines=[])) | {
+            "engines": [
+                {
+                    "target": entry.target.address,
+                    "report": entry.report and entry.report.to_json(),
+                    "error": entry.error and said(entry.error),
+                }
+                for entry in self.engines
+            ]
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], targets: Sequence[Target]) -> UpdateReport:
+        engines = [
+            EngineReport(
+                next(target for target in targets if target.address == entry["target"]),
+                entry["report"] and cls.from_json(entry["report"], targets),
+                entry["error"] and _engine_error(entry["error"]),
+            )
+            for entry in raw["engines"]
+        ]
+        return cls(**(raw | {"engines": engines}))
+
 
 @dataclass
 class EngineReport:
@@ -104,3 +131,9 @@ class Clock:
         other._start, other._last = self._start, self._last
         other.seconds = dict(self.seconds)
         return other
+
+
+def _engine_error(raw: dict[str, Any]) -> UpdateError:
+    error = heard(raw)
+    assert isinstance(error, UpdateError)  # no other is noted of an engine
+    return error

@@ -6,12 +6,13 @@ open → (begin → stage → send)*  → close            one session, many upd
 from __future__ import annotations
 
 import abc
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from . import layout as layouts
 from . import wire
+from .errors import UpdateError
 from .packing import Plan
 from .report import Clock, Outcome
 
@@ -32,14 +33,30 @@ class Session(Protocol):
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...
     def outcome(self, layout: layouts.Layout) -> Outcome: ...
     def release_staging(self) -> None: ...  # between updates
+    def cancel(self) -> None: ...  # begun and not sent: the engine goes on as it was
     def close(self) -> None: ...  # politely
     def abandon(self) -> None: ...  # at once
+
+
+class JointSession(Session, Protocol):
+    """A session whose engines take each bucket at the same time."""
+
+    @staticmethod
+    def send_all(
+        sessions: list[Any], plan: Plan, verify: bool, isolate: bool, clock: Clock
+    ) -> list[wire.Applied | UpdateError]: ...
 
 
 class Target(abc.ABC):
     """Where weights go."""
 
     direct = False  # can read the trainer's own memory
+    jointly = False  # its sessions are sent to together; see JointSession
+
+    @property
+    @abc.abstractmethod
+    def address(self) -> str:
+        """Of the engine; equal on every rank of a trainer."""
 
     @abc.abstractmethod
     def open(self, patience: float, timeout: float) -> Session:

@@ -74,6 +74,10 @@ class SGLang(Target):
             manifest.learn(self.expect, "", unchecked=False, engine_checks=False)
         Server(self.url, self.api_key, 1.0)
 
+    @property
+    def address(self) -> str:
+        return self.url
+
     def open(self, patience: float, timeout: float) -> Session:
         server = Server(self.url, self.api_key, timeout)
         info = server.wait(patience)
@@ -84,5 +88,5 @@ class SGLang(Target):
             )
         settings = Settings(self.pause, self.expect, self.unchecked_names)
         if self.mode == "bucket" or not info.loader:
-            return BucketSession(settings, server, info)
+            return BucketSession(settings, server, info, timeout)
         return PlanSession(settings, server, info, timeout)
