@@ -106,12 +106,16 @@ class Ranks:
         self._collect(f"answer/{self._order - 1}")
 
     def blame(self) -> None:
-        """Rank 0: raise what a rank has said of the last order, if it could not do it."""
+        """Rank 0, whose own part has failed: raise the cause, if a rank has said one.
+
+        A rank that only waited for another, as this one did, is no cause.
+        """
         for rank in range(1, self.size):
             key = self._key(f"answer/{self._order - 1}/{rank}")
             with _talking():
                 answer = json.loads(self._store.get(key)) if self._store.check([key]) else {}
-            self._heard(rank, answer)
+            with contextlib.suppress(PeerLost, Timeout):
+                self._heard(rank, answer)
 
     def close(self) -> None:
         self._finalizer()
