@@ -84,6 +84,9 @@ class LocalSession:
     def alive(self) -> bool:
         return self.channel.alive()
 
+    def holds(self, version: int) -> bool:
+        return self.alive()
+
     def outcome(self, layout: layouts.Layout) -> Outcome:
         straight = self.welcome.names_from == "module"
         names = [entry.name for entry in layout.entries]

@@ -15,7 +15,7 @@ import torch
 
 from . import layout as layouts
 from . import memory
-from .errors import PeerLost, StaleVersion, Timeout
+from .errors import PeerLost, StaleVersion, Timeout, UpdateError
 from .ranks import Ranks
 from .source import Sharded, Source, Work
 
@@ -27,6 +27,7 @@ class Plan(abc.ABC):
         self.layout = layout
         self.device = device  # where to stage
         self.segments: list[memory.Segment] = []  # the trainer's own, of buckets not staged
+        self.failure: UpdateError | None = None  # ours, whichever engine it came up at
         self.same_sums = False  # ensure(): the weights must be those of the update before
         self._sums: dict[int, list[int]] = {}  # of each bucket, as last filled with verify="copy"
 
@@ -44,7 +45,8 @@ class Plan(abc.ABC):
 
     def note_sums(self, bucket: int, sums: list[int]) -> None:
         if self.same_sums and sums and self._sums.get(bucket, sums) != sums:
-            raise StaleVersion("the weights have changed since that version: send a new one")
+            self.failure = StaleVersion("the weights have changed since that version: send another")
+            raise self.failure
         self._sums[bucket] = sums
 
     @abc.abstractmethod
@@ -172,6 +174,16 @@ class _Gathering(Work):
         self._plan, self._bucket, self._segment, self._work = plan, bucket, segment, work
 
     def wait(self, timeout: float) -> list[int]:
+        try:
+            sums = self._gathered(timeout)
+        except UpdateError as error:
+            self._plan.failure = error
+            raise
+        self._segment.finish()
+        self._plan.note_sums(self._bucket, sums)
+        return sums
+
+    def _gathered(self, timeout: float) -> list[int]:
         ranks = self._plan.ranks
         try:
             sums = self._work.wait(timeout) or []
@@ -181,8 +193,6 @@ class _Gathering(Work):
             raise
         if ranks is not None:
             ranks.answers()
-        self._segment.finish()
-        self._plan.note_sums(self._bucket, sums)
         return sums
 
 

@@ -364,7 +364,7 @@ class Publisher:
         """One engine, or several that take each bucket at the same time."""
         ready: _Batch = []
         for engine, entry in batch:
-            with self._isolating(entry):
+            with self._isolating(entry, plan):
                 if not self._all_or_none:
                     engine.begin(plan, order, clock)
                 ready.append((engine, entry))
@@ -372,23 +372,23 @@ class Publisher:
             return
         if not batch[0][0].target.jointly:
             engine, entry = ready[0]
-            with self._isolating(entry):
+            with self._isolating(entry, plan):
                 entry.report = engine.send(plan, order, clock)
             return
         sessions: list[Any] = [engine.session for engine, _ in ready]
         results = sessions[0].send_all(sessions, plan, order.verify, self._isolates, clock)
         for (engine, entry), result in zip(ready, results, strict=True):
-            with self._isolating(entry):
+            with self._isolating(entry, plan):
                 entry.report = engine.take(result, plan, order, clock.copy())
 
     @contextlib.contextmanager
-    def _isolating(self, entry: EngineReport) -> Iterator[None]:
+    def _isolating(self, entry: EngineReport, plan: Plan) -> Iterator[None]:
         """What goes wrong with one of several engines is noted, and the others go on."""
         try:
             yield
         except UpdateError as error:
-            if not self._isolates:
-                raise
+            if not self._isolates or error is plan.failure:
+                raise  # without weights nobody can be updated
             entry.error = error
 
     def _remembered(self, named_tensors: NamedTensors | Sharded) -> Callable[[], Any]:
@@ -500,7 +500,7 @@ class _Engine:
         """Whether the engine took that version from us and still runs."""
         if self.session is None or not self.session.alive() or self._version != version:
             return False
-        return self.session.boot == self._boot
+        return self.session.boot == self._boot and self.session.holds(version)
 
     def close(self) -> None:
         if self.session is not None:

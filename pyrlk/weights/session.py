@@ -26,6 +26,7 @@ class Session(Protocol):
     @property
     def boot(self) -> bytes: ...  # another one means a restarted engine
     def alive(self) -> bool: ...
+    def holds(self, version: int) -> bool: ...  # of those that this session brought
     def begin(
         self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
     ) -> None: ...

@@ -63,6 +63,14 @@ class ServerSession:
     def alive(self) -> bool:
         return True
 
+    def holds(self, version: int) -> bool:
+        """A restarted server answers under another version, and has another boot."""
+        try:
+            same = self._server.info().boot == self._info.boot
+            return same and self._server.version() == str(version)
+        except UpdateError:
+            return False
+
     def begin(
         self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
     ) -> None:
