@@ -166,15 +166,13 @@ class Broadcast:
         """Bucket b + 1 is filled while b is under way."""
         layout, device = self._plan.layout, self._plan.device
         count = layout.staged
-        largest = max((self._nbytes(bucket) for bucket in range(count)), default=0)
-        if count and largest:
+        if count:
+            largest = max(map(self._nbytes, range(count)))
             flats += [memory.create(device, largest) for _ in range(min(2, count))]
             flats.append(memory.create(device, layout.slot_bytes))
         with concurrent.futures.ThreadPoolExecutor(1, "pyrlk-broadcast") as thread:
             under_way: concurrent.futures.Future[None] | None = None
             for bucket in range(count):
-                if not self._order[bucket]:
-                    continue
                 flat = flats[bucket % (len(flats) - 1)]
                 if under_way is not None and len(flats) == 2:
                     under_way.result()

@@ -1,6 +1,4 @@
-"""What each rank of a gloo group checks of Publisher(group=); test_publishing.py starts them.
-
-    python publishing.py RANK RANKS PORT RESULTS
+"""What each rank of a gloo group checks of Publisher(group=); conftest.py starts the ranks.
 
 Rank 0 also runs the engines: receivers in threads, and a double of SGLang.
 """
@@ -9,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -25,18 +21,13 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 from engines import Fused
 from fake_sglang import FakeSGLang
+from harness import check, main
 
 from pyrlk import weights
 from pyrlk.weights import layout as layouts
 from pyrlk.weights import source
 
-CHECKS = {}
 META = {n: t.to("meta") for n, t in Fused.checkpoint(0).items()}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
 
 
 class Scattered(source.Sharded):
@@ -304,27 +295,5 @@ def nothing_is_left_in_the_store():
         assert counts[-1] <= counts[4], counts
 
 
-def main(rank, ranks, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    said = {}
-    for name, function in CHECKS.items():
-        try:
-            with torch.no_grad():
-                function()
-            said[name] = ""
-        except BaseException:
-            said[name] = traceback.format_exc()
-            break
-    Path(f"{results}.{rank}").write_text(json.dumps(said))
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main()
