@@ -1,7 +1,7 @@
 """One rank of a trainer that publishes into live servers; test_fleet.py starts four.
 
-    fleet_ranks.py RANK RANKS PORT JOB      JOB: {"trainer", "kind", "dtype", "updates": [[url, mode,
-                                            seed, version], …], "timeout", "kill": [update, rank]}
+    fleet_ranks.py RANK RANKS PORT JOB
+    JOB: {"trainer", "kind", "dtype", "updates": [[url, mode, seed, version], …]}
 
 fsdp      fully_shard on a 2 × 2 mesh: replicated over one dimension, sharded over the other
 megatron  TP 2 × PP 2, and EP 2 over the ranks of a tensor-parallel group
@@ -66,6 +66,8 @@ def main(rank, ranks, port, job):
         with weights.Publisher(target, group=dist.group.WORLD, **options) as publisher:
             report = publisher.update(source, version=version)
         print(json.dumps(report.to_json()), flush=True)
+        if rank == 0:
+            sys.stdin.readline()  # the test has looked at the server
     dist.destroy_process_group()
 
 

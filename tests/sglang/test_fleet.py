@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -70,8 +71,9 @@ def test_nothing_that_is_broadcast_kills_the_server(servers, name):
         assert server.checksums() == before
 
 
-def ranks_publish(trainer, kind, dtype, updates, ranks=4):
-    """The reports of each rank, one an update."""
+@contextlib.contextmanager
+def publishing(folder, trainer, kind, dtype, updates, ranks=4):
+    """Yields a function that waits for the next update and returns its report."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -79,52 +81,71 @@ def ranks_publish(trainer, kind, dtype, updates, ranks=4):
     root = str(Path(pyrlk.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "fleet_ranks.py")]
+    logs = [(folder / f"rank-{rank}.log") for rank in range(ranks)]
     children = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), port, json.dumps(job)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment, text=True, stderr=log.open("w"), stdin=subprocess.PIPE,
+            stdout=log.with_suffix(".out").open("w") if rank else subprocess.PIPE,
         )
-        for rank in range(ranks)
+        for rank, log in enumerate(logs)
     ]  # fmt: skip
+    reports = []
+
+    def report():
+        if reports:
+            children[0].stdin.write("\n")
+            children[0].stdin.flush()
+        line = children[0].stdout.readline()
+        assert line, "\n".join(log.read_text()[-2000:] for log in logs)
+        reports.append(json.loads(line))
+        return reports[-1]
+
     try:
-        outputs = [child.communicate(timeout=400) for child in children]
+        yield report
+        for child in children:
+            child.stdin.close()
+        for child, log in zip(children, logs, strict=True):
+            assert child.wait(120) == 0, log.read_text()[-3000:]
+        for log in logs[1:]:
+            lines = log.with_suffix(".out").read_text().splitlines()
+            assert [json.loads(line) for line in lines] == reports
     finally:
         for child in children:
             child.kill()
             child.wait()
-    for child, (_, said) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, said[-3000:]
-    return [[json.loads(line) for line in out.splitlines()] for out, _ in outputs]
+        children[0].stdout.close()
+
+
+MODES = ("bucket", "plan", "distributed")
 
 
 @on("dense", "tp2")
-def test_four_ranks_of_fsdp_publish_in_every_mode(servers, name):
+def test_four_ranks_of_fsdp_publish_in_every_mode(servers, name, tmp_path):
     """A 2-D mesh; the log-probs of each update are those of the model before it was sharded."""
     server = servers(name)
     first = server.next_version()
-    for step, mode in enumerate(("bucket", "plan", "distributed")):
-        reports = ranks_publish(
-            "fsdp", "dense", "float32", [[server.url, mode, 400 + step, first + step]]
-        )
-        assert server.version() == str(first + step)
-        assert server.gap(make_model("dense", 400 + step)) <= TOLERANCE
-        assert all(of == reports[0] for of in reports)
-        assert (reports[0][0]["mode"], reports[0][0]["buckets"] > 1) == (mode, True)
+    updates = [[server.url, mode, 400 + i, first + i] for i, mode in enumerate(MODES)]
+    with publishing(tmp_path, "fsdp", "dense", "float32", updates) as report:
+        for _, mode, seed, version in updates:
+            now = report()
+            assert (now["mode"], now["buckets"] > 1) == (mode, True)
+            assert server.version() == str(version)
+            assert server.gap(make_model("dense", seed)) <= TOLERANCE
 
 
 @on("moe-small", "moe-small-tp2")
-def test_tensor_pipeline_and_expert_parallel_ranks_publish(servers, name):
+def test_tensor_pipeline_and_expert_parallel_ranks_publish(servers, name, tmp_path):
     """TP 2 × PP 2 × EP 2; bytes and log-probs are those that the server loads from a disk."""
     server = servers(name)
-    version = server.next_version()
-    updates = [
-        [server.url, mode, seed, version + i]
-        for i, (mode, seed) in enumerate((("bucket", 1), ("plan", 2), ("distributed", 0)))
-    ]
-    reports = ranks_publish("megatron", "moe-small", "bfloat16", updates)
-    assert [report["mode"] for report in reports[0]] == ["bucket", "plan", "distributed"]
+    first = server.next_version()
+    seeds = (1, 2, 0)  # the checkpoint on the disk is that of seed 0
+    updates = [[server.url, *case, first + i] for i, case in enumerate(zip(MODES, seeds, strict=True))]
+    with publishing(tmp_path, "megatron", "moe-small", "bfloat16", updates) as report:
+        for _, mode, _, version in updates:
+            assert report()["mode"] == mode
+            assert server.version() == str(version)
     sent, logprobs = server.checksums(), server.logprobs()
-    # The checkpoint on the disk is that of seed 0.
     disk = {"model_path": str(server.path), "load_format": "auto"}
     assert server.post("/update_weights_from_disk", disk)["success"]
     assert server.checksums() == sent
