@@ -103,6 +103,7 @@ class Info:
     pp_size: int
     model_path: str
     dtype: str
+    device: str
     loader: bool
     watchdog: float
     release: str
@@ -119,6 +120,7 @@ class Info:
             pp_size=_size(raw, "pp_size"),
             model_path=str(raw.get("model_path") or ""),
             dtype=str(raw.get("dtype") or ""),
+            device=str(raw.get("device") or "cuda"),
             loader=LOADER in ([loaders] if isinstance(loaders, str) else loaders),
             watchdog=float(raw.get("watchdog_timeout") or 300.0),
             release=str(raw.get("version") or "unknown"),
@@ -282,6 +284,48 @@ class Server:
         if version is not None:
             body["weight_version"] = version
         self._ok("/update_weights_from_tensor", body)
+
+    def init_group(
+        self, address: str, port: int, offset: int, world: int, name: str, backend: str
+    ) -> None:
+        """Have the server's ranks join a process group as `offset`, `offset` + 1, …"""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": offset,
+            "world_size": world,
+            "group_name": name,
+            "backend": backend,
+        }
+        self._ok("/init_weights_update_group", body)
+
+    def update_from_group(
+        self,
+        group: str,
+        names: list[str],
+        dtypes: list[str],
+        shapes: list,
+        selector: str,
+        version: str | None = None,
+    ) -> None:
+        """One /update_weights_from_distributed; returns when the bucket is received and loaded."""
+        body = {
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        if self.sessions:
+            body["selector"] = selector
+        if version is not None:
+            body["weight_version"] = version
+        self._ok("/update_weights_from_distributed", body)
+
+    def destroy_group(self, name: str) -> None:
+        self._ok("/destroy_weights_update_group", {"group_name": name})
 
     def close(self) -> None:
         self.http.close()
