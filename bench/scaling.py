@@ -19,6 +19,9 @@ from pyrlk import reference
 from .measure import interleaved
 from .policy_loss import Graph
 
+SHAPE, QUICK = (4096, 32000, 256), (256, 4096, 16)  # the longest T, its V, T where V grows
+NEW_LENGTHS = 256  # the longest of twenty
+
 
 class Shape:
     """Rows of one shape in memory that all shapes share."""
@@ -122,12 +125,12 @@ def _seconds(call, device: str) -> float:
 
 def main(device: str, quick: bool) -> list[dict]:
     """Lengths, vocabularies, new lengths."""
-    longest, vocab, few = (256, 4096, 16) if quick else (4096, 32000, 256)
+    longest, vocab, few = QUICK if quick else SHAPE
     lengths = [64 * 2**i for i in range(20) if 64 * 2**i <= longest]
-    vocabularies = [8**i for i in range(20) if 8**i <= (4096 if quick else 262144)]
+    vocabularies = [8**i for i in range(20) if 8**i <= (vocab if quick else 262144)]
     rounds = 3 if quick else 9
     return [
         sweep("dapo_loss in place, T grows", [(t, vocab) for t in lengths], device, rounds),
         sweep("dapo_loss in place, V grows", [(few, v) for v in vocabularies], device, rounds),
-        new_lengths(vocab, 256, device),
+        new_lengths(vocab, NEW_LENGTHS, device),
     ]
