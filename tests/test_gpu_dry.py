@@ -92,8 +92,8 @@ policy_loss.QUICK = 4, 300
 linear.QUICK = 6, 16, 300
 sample.QUICK = 64
 sample.ROWS["cuda"] = 1, 2
-scaling.QUICK = 64, 256, 2
-scaling.NEW_LENGTHS = 141
+scaling.QUICK = 64, 8, 2
+scaling.NEW_LENGTHS = range(4, 1, -1)
 schedules.TOKENS, schedules.VOCABULARIES = (1, 3), (300,)
 schedules.KINDS = "rows", "split"
 sys.exit(bench.main(["--device", "cuda", "--quick", "--write", sys.argv[1], *sys.argv[2:]]))
