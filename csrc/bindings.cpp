@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "memory/assemble.h"
 #include "memory/cuda_driver.h"
 #include "memory/dlpack.h"
 #include "memory/memfd.h"
@@ -22,36 +23,6 @@
 namespace py = pybind11;
 
 namespace {
-
-struct Support {
-  explicit Support(int64_t count) : rows(static_cast<std::size_t>(count)) {}
-
-  int64_t total() const {
-    int64_t n = 0;
-    for (const auto& row : rows) n += static_cast<int64_t>(row.size());
-    return n;
-  }
-  // Rows that end within `capacity` go to ids; the others become bits, and OVERFLOW in status.
-  void write(int32_t* ids, int64_t capacity, int64_t* offsets, uint32_t* bits, int64_t words,
-             uint8_t* status) const {
-    *offsets = 0;
-    for (std::size_t b = 0; b < rows.size(); ++b) {
-      const auto& row = rows[b];
-      const int64_t begin = offsets[b], end = begin + static_cast<int64_t>(row.size());
-      offsets[b + 1] = end;
-      if (end <= capacity) {
-        std::copy(row.begin(), row.end(), ids + begin);
-      } else if (end > begin) {
-        uint32_t* word = bits + static_cast<int64_t>(b) * words;
-        std::fill_n(word, words, 0);
-        for (const int32_t id : row) word[id / 32] |= 1u << (id % 32);
-        status[b] |= pyrlk::kOverflow;
-      }
-    }
-  }
-
-  std::vector<std::vector<int32_t>> rows;
-};
 
 // A tensor in warm pages, as DLPack describes it to torch.
 struct WarmTensor {
@@ -124,9 +95,6 @@ void bind_kernels(py::module_& module) {
   static const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
   static const auto uint8s = [](Address address) { return reinterpret_cast<uint8_t*>(address); };
   static const auto uint32s = [](Address address) { return reinterpret_cast<uint32_t*>(address); };
-  static const auto kept_rows = [](Support* support) {
-    return support == nullptr ? nullptr : support->rows.data();
-  };
   static const auto to_rows = [](const PyRows& r) {
     const auto& [data, dtype, count, vocab, width, inner, outer_stride, inner_stride] = r;
     return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,       vocab, width,
@@ -210,25 +178,25 @@ void bind_kernels(py::module_& module) {
       },
       py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("factor"), py::arg("threads"));
 
-  // The kept ids of a sample() call, before anyone knows how many there are.
-  py::class_<Support>(module, "Support")
+  py::class_<pyrlk::KeptSets>(module, "KeptSets")
       .def(py::init<int64_t>(), py::arg("rows"))
-      .def("total", &Support::total)
+      .def("total", &pyrlk::KeptSets::total)
       .def(
           "write",
-          [](const Support& self, Address ids, int64_t capacity, Address offsets, Address bits,
-             int64_t words, Address status) {
-            self.write(int32s(ids), capacity, int64s(offsets), uint32s(bits), words,
-                       uint8s(status));
+          [](const pyrlk::KeptSets& self, Address ids, int64_t capacity, Address offsets,
+             Address bits, int64_t words, Address status, int threads) {
+            const py::gil_scoped_release nogil;
+            self.write(static_cast<int32_t*>(pointer(ids)), capacity, int64s(offsets),
+                       static_cast<uint32_t*>(pointer(bits)), words, uint8s(status), threads);
           },
           py::arg("ids"), py::arg("capacity"), py::arg("offsets"), py::arg("bits"),
-          py::arg("words"), py::arg("status"));
+          py::arg("words"), py::arg("status"), py::arg("threads"));
   module.def(
       "sample",
       [](const PyRows& logits, Address temperature, Address top_k, Address top_p, Address min_p,
          Address seed, Address position, Address allowed, bool joint, bool keep_ties, Address token,
-         Address logprob, Address full_logprob, Address kept, Address status, Support* support,
-         int threads) {
+         Address logprob, Address full_logprob, Address kept, Address status,
+         pyrlk::KeptSets* support, int threads) {
         const pyrlk::SampleArgs args{to_rows(logits),
                                      floats(temperature),
                                      floats(top_p),
@@ -244,7 +212,7 @@ void bind_kernels(py::module_& module) {
                                      floats(full_logprob),
                                      int32s(kept),
                                      uint8s(status),
-                                     kept_rows(support)};
+                                     support};
         const py::gil_scoped_release nogil;
         return pyrlk::sample(args, threads);
       },
@@ -257,7 +225,7 @@ void bind_kernels(py::module_& module) {
       [](const PyRows& target, const std::optional<PyRows>& draft, Address draft_tokens,
          int64_t depth, Address temperature, Address top_k, Address top_p, Address min_p,
          Address seed, Address position, Address token, Address accepted, Address logprob,
-         Address full_logprob, Address status, Support* support, int threads) {
+         Address full_logprob, Address status, pyrlk::KeptSets* support, int threads) {
         const pyrlk::Rows proposed = draft ? to_rows(*draft) : pyrlk::Rows{};
         const pyrlk::VerifyArgs args{to_rows(target),      draft ? &proposed : nullptr,
                                      int64s(draft_tokens), depth,
@@ -266,7 +234,7 @@ void bind_kernels(py::module_& module) {
                                      int64s(seed),         int64s(position),
                                      int64s(token),        int32s(accepted),
                                      floats(logprob),      floats(full_logprob),
-                                     uint8s(status),       kept_rows(support)};
+                                     uint8s(status),       support};
         const py::gil_scoped_release nogil;
         return pyrlk::verify_draft(args, threads);
       },
@@ -337,6 +305,49 @@ void bind_memory(py::module_& module) {
         const py::gil_scoped_release nogil;
         pyrlk::unpack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
                       checksum ? sums.data() : nullptr);
+        return sums;
+      },
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),
+      py::arg("checksum"), py::arg("threads"));
+  // forms: of each whole offset, itemsize, ndim, parts, sizes, and behind it of each part starts,
+  // sizes, strides; addresses: of the parts.
+  module.def(
+      "assemble",
+      [](Address buffer, std::uint64_t bytes, const py::buffer& forms, const py::buffer& addresses,
+         bool checksum, int threads) {
+        auto [at, end] = numbers(forms);
+        auto [address, last] = numbers(addresses);
+        std::vector<pyrlk::Whole> wholes;
+        std::vector<pyrlk::Part> parts;
+        parts.reserve(static_cast<std::size_t>(last - address));
+        while (at != end) {
+          const std::int64_t ndim = end - at < 4 ? 0 : at[2], count = end - at < 4 ? -1 : at[3];
+          if (ndim < 1 || ndim > pyrlk::kMaxDims || count < 0 || count > last - address ||
+              end - at < 4 + ndim * (1 + 3 * count)) {
+            throw py::value_error("a whole has offset, itemsize, ndim (1 to 16), parts, sizes");
+          }
+          pyrlk::Whole whole{};
+          whole.offset = static_cast<std::uint64_t>(at[0]);
+          whole.itemsize = static_cast<std::int32_t>(at[1]);
+          whole.ndim = static_cast<std::int32_t>(ndim);
+          whole.parts = static_cast<std::size_t>(count);
+          std::copy_n(at + 4, ndim, whole.sizes);
+          at += 4 + ndim;
+          wholes.push_back(whole);
+          for (std::int64_t p = 0; p < count; ++p, at += 3 * ndim) {
+            pyrlk::Part part{};
+            part.data = pointer(static_cast<Address>(*address++));
+            std::copy_n(at, ndim, part.starts);
+            std::copy_n(at + ndim, ndim, part.sizes);
+            std::copy_n(at + 2 * ndim, ndim, part.strides);
+            parts.push_back(part);
+          }
+        }
+        if (address != last) throw py::value_error("more addresses than parts");
+        Sums sums(checksum ? wholes.size() : 0);
+        const py::gil_scoped_release nogil;
+        pyrlk::assemble(pointer(buffer), bytes, wholes.data(), wholes.size(), parts.data(),
+                        parts.size(), threads, checksum ? sums.data() : nullptr);
         return sums;
       },
       py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),

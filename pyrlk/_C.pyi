@@ -63,11 +63,18 @@ def reinforce_grad(
 ) -> int: ...
 def scale(x: int, dtype: int, count: int, factor: float, threads: int) -> None: ...
 
-class Support:
+class KeptSets:
     def __init__(self, rows: int) -> None: ...
     def total(self) -> int: ...
     def write(
-        self, ids: int, capacity: int, offsets: int, bits: int, words: int, status: int
+        self,
+        ids: int,
+        capacity: int,
+        offsets: int,
+        bits: int,
+        words: int,
+        status: int,
+        threads: int,
     ) -> None: ...
 
 def sample(
@@ -86,7 +93,7 @@ def sample(
     full_logprob: int,
     kept: int,
     status: int,
-    support: Support | None,
+    support: KeptSets | None,
     threads: int,
 ) -> int: ...
 def verify_draft(
@@ -105,7 +112,7 @@ def verify_draft(
     logprob: int,
     full_logprob: int,
     status: int,
-    support: Support | None,
+    support: KeptSets | None,
     threads: int,
 ) -> int: ...
 
@@ -130,6 +137,18 @@ def pack(
     threads: int,
 ) -> list[int]: ...
 def unpack(
+    buffer: int,
+    buffer_bytes: int,
+    forms: _Numbers,
+    addresses: _Numbers,
+    checksum: bool,
+    threads: int,
+) -> list[int]: ...
+
+
+# forms: of each whole tensor offset, itemsize, ndim, parts, sizes, and behind it of each part
+# starts, sizes, strides in elements; addresses: of the parts.
+def assemble(
     buffer: int,
     buffer_bytes: int,
     forms: _Numbers,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, _check, _op
+from . import _C, _check, _op, _warm
 from .parallel import sampling as _sharded
 from .parallel import vocab as _vocab
 from .support import Support
@@ -399,16 +399,16 @@ def _sample_support(
     [B, ceil(V/32)] and not [0, ceil(V/32)].
     """
     count = math.prod(logits.shape[:-1])
-    kept = _C.Support(count)
+    kept = _C.KeptSets(count)
     out = _run_cpu(
         logits, temperature, top_k, top_p, min_p, seed, position, allowed, joint, keep_ties, kept
     )
     total = kept.total()
-    ids = logits.new_empty(total if capacity < 0 else min(capacity, total), dtype=torch.int32)
+    ids = _warm.empty_ids(total if capacity < 0 else min(capacity, total))
     offsets = logits.new_empty(count + 1, dtype=torch.int64)
     bits = _empty_bits(logits, overflows)
     kept.write(
         ids.data_ptr(), ids.numel(), offsets.data_ptr(), bits.data_ptr(), bits.shape[1],
-        out[4].data_ptr(),
+        out[4].data_ptr(), _op.threads(),
     )  # fmt: skip
     return *out, ids, offsets, bits

@@ -129,8 +129,7 @@ class Segment:
         """Sums of ranges, nothing copied; offset and bytes of each one after the other."""
         if self._on_host:
             return _C.checksum(self.flat.data_ptr(), self.nbytes, ranges, threads)
-        pairs = zip(ranges[::2], ranges[1::2], strict=True)
-        return _numbers([_sum_of(self.flat[at : at + count]) for at, count in pairs])
+        return sums_of(self.flat, ranges)
 
     def unpack(self, targets: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
@@ -478,6 +477,12 @@ def _sum_of(data: Tensor) -> Tensor:
             total += ((words.to(torch.int64) & 0xFFFFFFFF) * weight).sum()
             first += count
     return total
+
+
+def sums_of(flat: Tensor, ranges: array[int]) -> list[int]:
+    """Sums of ranges of memory that the C++ side cannot reach; see `Segment.sums`."""
+    pairs = zip(ranges[::2], ranges[1::2], strict=True)
+    return _numbers([_sum_of(flat[at : at + count]) for at, count in pairs])
 
 
 def _numbers(sums: Sequence[Tensor]) -> list[int]:
