@@ -698,5 +698,9 @@ def feed(
     ours.shutdown(socket.SHUT_WR)
     while receiver._session is not None:
         receiver.poll()  # everything is there
-    with ours:
-        return [wire.Frame.decode(data) for data in iter(lambda: ours.recv(1 << 16), b"")]
+    channel, answers = wire.Channel(ours), []
+    with contextlib.suppress(weights.PeerLost):
+        while True:
+            answers.append(channel.recv(0.0))
+    channel.close()
+    return answers
