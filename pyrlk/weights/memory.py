@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import enum
+import functools
 import hashlib
 import os
 import secrets
@@ -21,7 +22,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Copies:
         self.addresses = array("Q")
         if self.on_host:
             self.addresses.extend(tensor.data_ptr() for tensor in self.tensors)
+        self.end = max((tensor.nbytes + offset for tensor, offset in placed), default=0)
+        self._launches: dict[tuple[torch.device, bool], tuple[list[int], Any]] = {}
 
     def refill(self, tensors: list[Tensor], addresses: Iterable[int]) -> None:
         self.tensors = tensors
@@ -63,6 +66,18 @@ class Copies:
     def clear(self) -> None:
         """Keep no tensor alive."""
         self.tensors = []
+
+    def launch(self, kernel: Any, device: torch.device, *, packs: bool) -> tuple[list[int], Any]:
+        """Which tensors one launch on `device` can take, and the `Pieces` that takes them.
+
+        They lie there; to be packed they are rows of contiguous bytes, to be unpacked one such row.
+        """
+        key = device, packs
+        if key not in self._launches:
+            forms = {i: kernel.form(t) for i, t in enumerate(self.tensors) if t.device == device}
+            taken = [i for i, form in forms.items() if form is not None and (packs or not form.run)]
+            self._launches[key] = taken, kernel.Pieces([forms[i] for i in taken], device)
+        return self._launches[key]
 
 
 class Kind(enum.IntEnum):
@@ -117,32 +132,50 @@ class Segment:
         if self._on_host and sources.on_host:
             forms, addresses = sources.forms, sources.addresses
             return _C.pack(self.flat.data_ptr(), self.nbytes, forms, addresses, checksum, threads)
-        sums = []
-        for tensor, offset in zip(sources.tensors, sources.offsets, strict=True):
-            place = self.view(offset, tuple(tensor.shape), tensor.dtype)
-            place.copy_(tensor)
-            if checksum:
-                sums.append(_sum_of(self.flat[offset : offset + tensor.nbytes]))
-        return _numbers(sums)
+        return self._move(sources, checksum, packs=True)
 
     def sums(self, ranges: array[int], *, threads: int) -> list[int]:
         """Sums of ranges, nothing copied; offset and bytes of each one after the other."""
         if self._on_host:
             return _C.checksum(self.flat.data_ptr(), self.nbytes, ranges, threads)
-        pairs = zip(ranges[::2], ranges[1::2], strict=True)
-        return _numbers([_sum_of(self.flat[at : at + count]) for at, count in pairs])
+        return _sums_on_device(self.flat, list(zip(ranges[::2], ranges[1::2], strict=True)))
 
     def unpack(self, targets: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
         if self._on_host and targets.on_host:
             forms, addresses = targets.forms, targets.addresses
             return _C.unpack(self.flat.data_ptr(), self.nbytes, forms, addresses, checksum, threads)
-        sums = []
-        for tensor, offset in zip(targets.tensors, targets.offsets, strict=True):
-            tensor.copy_(self.view(offset, tuple(tensor.shape), tensor.dtype))
+        return self._move(targets, checksum, packs=False)
+
+    def _move(self, copies: Copies, checksum: bool, *, packs: bool) -> list[int]:
+        """Copy on a GPU: one launch for what the kernel can take, torch for the rest."""
+        if copies.end > self.nbytes:
+            raise ValueError(f"{copies.end} bytes leave a segment of {self.nbytes}")
+        sums: dict[int, int] = {}
+        kernel = _kernel_on(self.flat.device)
+        if kernel is not None:
+            taken, pieces = copies.launch(kernel, self.flat.device, packs=packs)
+            there = [copies.tensors[i].data_ptr() for i in taken]
+            here = [self.flat.data_ptr() + copies.offsets[i] for i in taken]
+            found = pieces.run(*((there, here) if packs else (here, there)), sums=checksum)
+            sums = dict.fromkeys(taken, 0)
             if checksum:
-                sums.append(_sum_of(tensor.contiguous().view(-1).view(torch.uint8)))
-        return _numbers(sums)
+                sums = dict(zip(taken, _unsigned(found), strict=True))
+        rest = [i for i in range(len(copies.tensors)) if i not in sums]
+        totals = []
+        for i in rest:
+            tensor, offset = copies.tensors[i], copies.offsets[i]
+            place = self.view(offset, tuple(tensor.shape), tensor.dtype)
+            if packs:
+                place.copy_(tensor)
+            else:
+                tensor.copy_(place)
+            if checksum:
+                # Of what arrived: in the segment, or in the tensor.
+                whole = place if packs else tensor.contiguous()
+                totals.append(_sum_of(whole.view(-1).view(torch.uint8)))
+        sums.update(zip(rest, _numbers(totals), strict=False))
+        return [sums[i] for i in range(len(copies.tensors))] if checksum else []
 
     @property
     def _on_host(self) -> bool:
@@ -361,7 +394,7 @@ def tensor_sum(tensor: Tensor, *, threads: int) -> int:
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if flat.device.type == "cpu":
         return _C.checksum(flat.data_ptr(), flat.numel(), array("Q", [0, flat.numel()]), threads)[0]
-    return _numbers([_sum_of(flat)])[0]
+    return _sums_on_device(flat, [(0, flat.numel())])[0]
 
 
 def create(device: torch.device, nbytes: int) -> Segment:
@@ -457,6 +490,29 @@ class Ring:
             slot.segment.close()
 
 
+@functools.cache
+def _pack_kernel() -> Any:
+    try:
+        from ..triton_kernels import pack
+    except ImportError:  # torch does the same, in some launches a tensor
+        return None
+    return pack
+
+
+def _kernel_on(device: torch.device) -> Any:
+    """The pack kernel where it runs, else None."""
+    return _pack_kernel() if device.type == "cuda" else None
+
+
+def _sums_on_device(flat: Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    kernel = _kernel_on(flat.device)
+    if kernel is None:
+        return _numbers([_sum_of(flat[at : at + count]) for at, count in ranges])
+    pieces = kernel.Pieces([kernel.Form(count) for _, count in ranges], flat.device)
+    places = [flat.data_ptr() + at for at, _ in ranges]
+    return _unsigned(pieces.run(places, places, copy=False))
+
+
 _SUM_WORDS = 1 << 22
 _MASK = (1 << 64) - 1
 
@@ -484,7 +540,11 @@ def _numbers(sums: Sequence[Tensor]) -> list[int]:
     if not sums:
         return []
     device = sums[0].device
-    return [value & _MASK for value in torch.stack([s.to(device) for s in sums]).tolist()]
+    return _unsigned(torch.stack([s.to(device) for s in sums]))
+
+
+def _unsigned(sums: Tensor) -> list[int]:
+    return [value & _MASK for value in sums.tolist()]
 
 
 def _host_tensor(address: int, nbytes: int) -> Tensor:
