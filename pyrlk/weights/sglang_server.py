@@ -102,6 +102,8 @@ class Info:
     tp_size: int
     pp_size: int
     model_path: str
+    draft_path: str  # of a speculating server's draft; "" if that is in the model's own files
+    drafts: bool
     dtype: str
     loader: bool
     watchdog: float
@@ -118,6 +120,8 @@ class Info:
             tp_size=_size(raw, "tp_size"),
             pp_size=_size(raw, "pp_size"),
             model_path=str(raw.get("model_path") or ""),
+            draft_path=str(raw.get("speculative_draft_model_path") or ""),
+            drafts=bool(raw.get("speculative_algorithm")),
             dtype=str(raw.get("dtype") or ""),
             loader=LOADER in ([loaders] if isinstance(loaders, str) else loaders),
             watchdog=float(raw.get("watchdog_timeout") or 300.0),

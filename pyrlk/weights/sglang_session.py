@@ -45,9 +45,9 @@ class ServerSession:
         self._server = server
         self._info = info
         self._lock = Lock(server.url)
-        self._manifest: manifest.Manifest | None = None
+        self._manifests: dict[str, manifest.Manifest] = {}  # by selector
         self._chosen: list[list[int]] = []
-        self._sent: tuple[layouts.Layout, bool, layouts.Layout] | None = None
+        self._sent: tuple[tuple, layouts.Layout] | None = None
         self._selector = "all"
         self._version = -1
         self._begun = False
@@ -80,8 +80,8 @@ class ServerSession:
             )
         if not dirty and current.isdecimal() and version <= int(current):
             raise StaleVersion(f"version {version} is not above {current}, which the server has")
-        sent = self._select(layout, partial)
         self._selector, self._version = selector, version
+        sent = self._select(layout, partial)
         self.settled = self.handed_over = self._begun = False
         with self._undoing(None if dirty else current):
             self._server.pause(self._settings.pause)
@@ -146,27 +146,32 @@ class ServerSession:
 
     def _restarted(self, info: Info) -> None:
         self._info = info
-        self._manifest = self._sent = None
+        self._sent = None
+        self._manifests.clear()
 
     def _select(self, layout: layouts.Layout, partial: bool) -> layouts.Layout:
         """The layout without the names that the engine need not hear of."""
-        if self._sent is None or self._sent[0] is not layout or self._sent[1] is not partial:
+        key = layout.digest, partial, self._selector
+        if self._sent is None or self._sent[0] != key:
             dtype = manifest.engine_dtype(self._info.dtype)
             self._chosen = self._names().select(layout, partial, dtype)
             keep = {i for part in self._chosen for i in part}
             entries = tuple(e for i, e in enumerate(layout.entries) if i in keep or not e.nbytes)
-            self._sent = layout, partial, layouts.Layout(entries, layout.buckets, layout.segments)
-        return self._sent[2]
+            self._sent = key, layouts.Layout(entries, layout.buckets, layout.segments)
+        return self._sent[1]
 
     def _names(self) -> manifest.Manifest:
-        if self._manifest is None:
-            self._manifest = manifest.learn(
+        if self._selector not in self._manifests:
+            info = self._info
+            draft = info.draft_path or info.model_path
+            paths = {"target": [info.model_path], "draft": [draft]}
+            self._manifests[self._selector] = manifest.learn(
                 self._settings.expect,
-                self._info.model_path,
+                paths.get(self._selector, [info.model_path, *([draft] if info.drafts else [])]),
                 unchecked=self._settings.unchecked_names,
                 engine_checks=self.engine_checks,
             )
-        return self._manifest
+        return self._manifests[self._selector]
 
 
 class BucketSession(ServerSession):

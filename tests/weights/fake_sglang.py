@@ -1,12 +1,15 @@
 """What a publisher sees of SGLang, in this process: its endpoints, its rules, and its workers.
 
-A worker is a model with load_weights; in plan mode each rank calls our loader, in its own thread.
+A worker is a model with load_weights, or a list of a target and its drafts; in plan mode each rank
+calls our loader, in its own thread, for one after the other. Pipeline stages come one after another
+and share the payloads.
 `calls` holds the steps in their order. `fail[path] = status` makes an endpoint fail.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,12 +22,12 @@ from pyrlk.weights.sglang_server import LOADER
 
 
 class FakeSGLang:
-    def __init__(self, *workers: nn.Module, sessions=True, api_key=None, **info):
+    def __init__(self, *workers: nn.Module | list, sessions=True, api_key=None, **info):
         self.workers = workers
         self.sessions = sessions
         self.api_key = api_key
         self.info = {
-            "tp_size": len(workers),
+            "tp_size": len(workers) // info.get("pp_size", 1),
             "pp_size": 1,
             "dp_size": 1,
             "model_path": "",
@@ -105,13 +108,13 @@ class FakeSGLang:
     def update_weights_from_tensor(self, body):
         payloads = body["serialized_named_tensors"]
         # The real one dies of this.
-        assert len(payloads) == len(self.workers), "wrong number of payloads"
+        assert len(payloads) == self.info["tp_size"], "wrong number of payloads"
         if not self.open and self.sessions:
             return 400, {"success": False, "message": "must run between begin and end"}
         assert body["flush_cache"] is False
         threads = [
-            threading.Thread(target=self._work, args=(worker, payload, body["load_format"]))
-            for worker, payload in zip(self.workers, payloads, strict=True)
+            threading.Thread(target=self._work, args=(worker, payload, body))
+            for worker, payload in zip(self.workers, itertools.cycle(payloads), strict=False)
         ]
         for thread in threads:
             thread.start()
@@ -121,19 +124,26 @@ class FakeSGLang:
             self.version = body["weight_version"]
         return 200, {"success": True, "message": "Success"}
 
-    def _work(self, worker, payload, load_format):
+    def _work(self, worker, payload, body):
         value = ForkingPickler.loads(base64.b64decode(payload))
-        if load_format == "flattened_bucket":
-            flat = value["flattened_tensor"]
-            worker.load_weights(
-                [
-                    (m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape))
-                    for m in value["metadata"]
-                ]
-            )
-        else:
-            assert load_format == LOADER
-            sglang_loader.load(worker, value)
+        for runner in self.runners(worker, body.get("selector", "all")):
+            if body["load_format"] == "flattened_bucket":
+                flat = value["flattened_tensor"]
+                runner.load_weights(
+                    [
+                        (m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape))
+                        for m in value["metadata"]
+                    ]
+                )
+            else:
+                assert body["load_format"] == LOADER
+                sglang_loader.load(runner, value)
+
+    @staticmethod
+    def runners(worker, selector):
+        """The models of a worker that a selector means."""
+        models = worker if isinstance(worker, list) else [worker]
+        return models[selector == "draft" : 1 if selector == "target" else None]
 
     def _handler(self):
         fake = self

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from engines import Derived, Forgetful, Fused, Raising, Rebinding, Scaled
+from engines import Derived, Forgetful, Fused, Named, Raising, Rebinding, Scaled, Tied
 from fake_sglang import FakeSGLang
 
 from pyrlk import weights
@@ -422,3 +422,183 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
     del worker
     gc.collect()
     assert gone() is None
+
+
+def speculating(**options):
+    """A server with a target and a draft that shares its embedding, on each of two ranks."""
+    targets = [Named(embed=(6, 4), layer=(4, 4)) for _ in range(2)]
+    drafts = [Tied(embed=target.embed, mtp=(3, 4)) for target in targets]
+    workers = map(list, zip(targets, drafts, strict=True))
+    return FakeSGLang(*workers, speculative_algorithm="EAGLE", **options), targets, drafts
+
+
+def numbers(seed, **shapes):
+    gen = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=gen) for name, shape in shapes.items()}
+
+
+def holds(models, sent):
+    return all(torch.equal(t, sent[n]) for m in models for n, t in m.state_dict().items())
+
+
+# One bucket, and more than the ring holds.
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 1])
+def test_target_and_draft_take_one_update(bucket_bytes):
+    server, targets, drafts = speculating()
+    with server as fake, publisher(fake, "plan", expect=None, bucket_bytes=bucket_bytes) as p:
+        calls = []
+        for version in range(1, 5):
+            sent = numbers(version, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+            report = p.update(sent, version=version)
+            calls.append(tuple(model.calls for model in (*targets, *drafts)))
+            assert holds([*targets, *drafts], sent)
+            assert report.planned == (3 if version > 1 else 0), report.fallback
+            assert (fake.version, fake.paused) == (str(version), False)
+        # Models are counted once; from the third update on load_weights is not called.
+        assert fake.calls.count("update_weights_from_tensor") == 5
+        assert len(set(calls[1:])) == 1
+
+
+def test_a_name_is_unknown_only_if_no_model_takes_it():
+    server, targets, drafts = speculating()
+    first = numbers(1, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+    with server as fake, publisher(fake, "plan", expect=None) as p:
+        p.update(first, version=1)
+        with pytest.raises(weights.UnknownName, match="stranger"):
+            p.update({**first, "stranger": torch.ones(3)}, version=2)
+        # The embedding is tied: sent to the target, it is not missing from the draft.
+        with pytest.raises(weights.MissingName, match="mtp"):
+            p.update({n: first[n] for n in ("embed", "layer")}, version=2)
+        assert holds([*targets, *drafts], first)
+        assert (fake.version, fake.paused, fake.open) == ("1", False, False)
+        p.update(numbers(2, embed=(6, 4), layer=(4, 4), mtp=(3, 4)), version=2)
+
+
+def test_a_selector_means_some_models():
+    server, targets, drafts = speculating()
+    with server as fake, publisher(fake, "plan", expect=None) as p:
+        sent = numbers(1, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+        p.update(sent, version=1)
+        sent |= numbers(2, mtp=(3, 4))
+        p.update({"mtp": sent["mtp"]}, version=2, selector="draft", partial=True)
+        assert holds([*targets, *drafts], sent)
+        sent |= numbers(3, embed=(6, 4), layer=(4, 4))
+        p.update({n: sent[n] for n in ("embed", "layer")}, version=3, selector="target")
+        assert holds([*targets, *drafts], sent)
+        with pytest.raises(weights.UnknownName, match="mtp"):
+            p.update({**sent, "mtp": sent["mtp"]}, version=4, selector="target")
+
+
+def test_one_of_two_models_fails_and_neither_changes():
+    class Broken(Tied):
+        armed = False
+
+        def load_weights(self, weights):
+            if self.armed:
+                raise KeyError("no such layer")
+            super().load_weights(weights)
+
+    target = Named(embed=(6, 4))
+    draft = Broken(embed=target.embed, mtp=(3, 4))
+    with (
+        FakeSGLang([target, draft], speculative_algorithm="EAGLE") as fake,
+        publisher(fake, "plan", expect=None) as p,
+    ):
+        first = numbers(1, embed=(6, 4), mtp=(3, 4))
+        p.update(first, version=1)
+        draft.armed = True
+        with pytest.raises(weights.ApplyFailed, match="no such layer") as caught:
+            p.update({"mtp": torch.ones(3, 4)}, version=2, partial=True)
+        assert not caught.value.dirty
+        assert holds([target, draft], first)
+        draft.armed = False
+        second = numbers(2, embed=(6, 4), mtp=(3, 4))
+        p.update(second, version=2)
+        assert holds([target, draft], second)
+
+
+def test_ranks_with_different_numbers_of_models_are_refused():
+    target = Named(embed=(6, 4))
+    workers = [[target, Tied(embed=target.embed, mtp=(3, 4))], [Named(embed=(6, 4))]]
+    with (
+        FakeSGLang(*workers, speculative_algorithm="EAGLE") as fake,
+        publisher(fake, "plan", expect=None) as p,
+        pytest.raises(weights.Unsupported, match="different numbers of models"),
+    ):
+        p.update(numbers(1, embed=(6, 4), mtp=(3, 4)), version=1)
+    assert (fake.version, fake.paused, fake.open) == ("default", False, False)
+
+
+def test_a_draft_that_is_gone_leaves_nothing_behind():
+    server, targets, drafts = speculating()
+    gone = [weakref.ref(model) for model in (*targets, *drafts)]
+    with server as fake, publisher(fake, "plan", expect=None) as p:
+        for version in range(1, 4):
+            sent = numbers(version, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+            p.update(sent, version=version)
+        fake.workers = ()
+    del targets, drafts
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+
+
+# A name belongs to one stage; stages share the payload of their tensor-parallel rank.
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 1])
+def test_every_pipeline_stage_takes_its_own(bucket_bytes):
+    first = [Named(embed=(6, 4), layer_0=(4, 4)) for _ in range(2)]
+    last = [Named(layer_1=(4, 4), head=(6, 4)) for _ in range(2)]
+    shapes = {"embed": (6, 4), "layer_0": (4, 4), "layer_1": (4, 4), "head": (6, 4)}
+    with (
+        FakeSGLang(*first, *last, pp_size=2) as fake,
+        publisher(fake, "plan", expect=None, bucket_bytes=bucket_bytes) as p,
+    ):
+        calls = []
+        for version in range(1, 5):
+            sent = numbers(version, **shapes)
+            report = p.update(sent, version=version)
+            calls.append(tuple(model.calls for model in (*first, *last)))
+            assert holds([*first, *last], sent)
+            assert report.planned == (4 if version > 1 else 0), report.fallback
+        # What a stage does not read is no work for its load_weights.
+        assert len(set(calls[1:])) == 1
+        with pytest.raises(weights.UnknownName, match="layer_2"):
+            p.update({**sent, "layer_2": torch.ones(4, 4)}, version=5)
+        with pytest.raises(weights.MissingName, match="layer_1"):
+            p.update({n: t for n, t in sent.items() if n != "layer_1"}, version=5)
+        assert holds([*first, *last], sent)
+        p.update(numbers(9, **shapes), version=5)
+
+
+def test_the_names_of_a_draft_are_read_from_its_own_files(tmp_path):
+    def checkpoint(name, **shapes):
+        header = {
+            n: {"dtype": "F32", "shape": s, "data_offsets": [0, 0]} for n, s in shapes.items()
+        }
+        text = json.dumps(header).encode()
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+        return str(folder)
+
+    paths = {
+        "model_path": checkpoint("target", embed=[6, 4], layer=[4, 4]),
+        "speculative_draft_model_path": checkpoint("draft", mtp=[3, 4]),
+    }
+    server, targets, drafts = speculating(**paths)
+    with server as fake, publisher(fake, "bucket", expect=None) as p:
+        sent = numbers(1, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+        assert p.update(sent, version=1).names_from == "checkpoint"
+        assert holds([*targets, *drafts], sent)
+        with pytest.raises(weights.MissingName, match="mtp"):
+            p.update({n: sent[n] for n in ("embed", "layer")}, version=2)
+        p.update({n: sent[n] for n in ("embed", "layer")}, version=2, selector="target")
+        with pytest.raises(weights.UnknownName, match="embed"):
+            p.update(sent, version=3, selector="draft")
+    clash = paths | {"speculative_draft_model_path": checkpoint("other", mtp=[3, 4], embed=[2, 4])}
+    server, *_ = speculating(**clash)
+    with (
+        server as fake,
+        publisher(fake, "bucket", expect=None) as p,
+        pytest.raises(weights.Unsupported, match="'embed' has shape"),
+    ):
+        p.update(sent, version=1)
