@@ -138,7 +138,7 @@ class Segment:
         """Sums of ranges, nothing copied; offset and bytes of each one after the other."""
         if self._on_host:
             return _C.checksum(self.flat.data_ptr(), self.nbytes, ranges, threads)
-        return _sums_on_device(self.flat, list(zip(ranges[::2], ranges[1::2], strict=True)))
+        return sums_of(self.flat, ranges)
 
     def unpack(self, targets: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
@@ -392,9 +392,10 @@ class _OpenCuda(Segment):
 def tensor_sum(tensor: Tensor, *, threads: int) -> int:
     """The sum of a tensor's bytes in logical order."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = array("Q", [0, flat.numel()])
     if flat.device.type == "cpu":
-        return _C.checksum(flat.data_ptr(), flat.numel(), array("Q", [0, flat.numel()]), threads)[0]
-    return _sums_on_device(flat, [(0, flat.numel())])[0]
+        return _C.checksum(flat.data_ptr(), flat.numel(), whole, threads)[0]
+    return sums_of(flat, whole)[0]
 
 
 def create(device: torch.device, nbytes: int) -> Segment:
@@ -504,15 +505,6 @@ def _kernel_on(device: torch.device) -> Any:
     return _pack_kernel() if device.type == "cuda" else None
 
 
-def _sums_on_device(flat: Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:
-    kernel = _kernel_on(flat.device)
-    if kernel is None:
-        return _numbers([_sum_of(flat[at : at + count]) for at, count in ranges])
-    pieces = kernel.Pieces([kernel.Form(count) for _, count in ranges], flat.device)
-    places = [flat.data_ptr() + at for at, _ in ranges]
-    return _unsigned(pieces.run(places, places, copy=False))
-
-
 _SUM_WORDS = 1 << 22
 _MASK = (1 << 64) - 1
 
@@ -534,6 +526,17 @@ def _sum_of(data: Tensor) -> Tensor:
             total += ((words.to(torch.int64) & 0xFFFFFFFF) * weight).sum()
             first += count
     return total
+
+
+def sums_of(flat: Tensor, ranges: array[int]) -> list[int]:
+    """Sums of ranges of memory that the C++ side cannot reach; see `Segment.sums`."""
+    pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
+    kernel = _kernel_on(flat.device)
+    if kernel is None:
+        return _numbers([_sum_of(flat[at : at + count]) for at, count in pairs])
+    pieces = kernel.Pieces([kernel.Form(count) for _, count in pairs], flat.device)
+    places = [flat.data_ptr() + at for at, _ in pairs]
+    return _unsigned(pieces.run(places, places, copy=False))
 
 
 def _numbers(sums: Sequence[Tensor]) -> list[int]:
