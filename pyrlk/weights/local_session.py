@@ -99,7 +99,12 @@ class LocalSession:
         )
 
     def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+        self,
+        layout: layouts.Layout,
+        version: int,
+        partial: bool,
+        verify: wire.Verify,
+        selector: str,
     ) -> None:
         """Let the receiver judge the manifest; raises what it found."""
         if selector != "all":

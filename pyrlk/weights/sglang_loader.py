@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from . import layout as layouts
 from . import load_plan, memory, wire
 from .engine import mismatch
-from .errors import ApplyFailed, EngineDirty, ProtocolError, UpdateError
+from .errors import ApplyFailed, EngineDirty, ProtocolError, Unsupported, UpdateError
 from .receiver import Receiver, _Session, verify
 from .wire import Type
 
@@ -145,6 +145,8 @@ class _Loader(Receiver):
             _LOG.warning("pyrlk: weight update: %s", self.last_error)
 
     def _check(self, begin: wire.Begin, layout: layouts.Layout) -> None:
+        if begin.verify is wire.Verify.ENGINE:
+            raise Unsupported("the publisher asks the server what it holds")
         # Which version may follow which is judged by the publisher, from the server's own.
         if begin.partial and self.dirty:
             raise EngineDirty("an update broke off in this engine: send a full one first")
@@ -185,6 +187,7 @@ class Models:
 
     names_from = "module"
     sums_copies = True
+    reads_back = False
 
     def __init__(self, engines: Sequence[PlanEngine]):
         self._engines = engines
@@ -202,6 +205,9 @@ class Models:
     ) -> None:
         for engine in self._engines:
             engine.apply(segment, bucket, sums, threads)
+
+    def read_back(self, sums: Sequence[tuple[int, ...]], threads: int) -> None:
+        raise Unsupported("the publisher asks the server what it holds")
 
     def release(self) -> None:
         """After the update, or its failure."""
@@ -260,9 +266,6 @@ class PlanEngine:
     second update   poison, replay, hash, load_weights, hash: equal → trusted
     from then on    replay; what is not planned goes through load_weights
     """
-
-    names_from = "module"
-    sums_copies = True
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)

@@ -65,7 +65,9 @@ class PlanSession(ServerSession):
         self._transaction = 0
         self._runners: dict[str, int] = {}  # models in a process, by selector
 
-    def _opened(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+    def _opened(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: wire.Verify
+    ) -> None:
         """Wake the loaders and let each rank judge the manifest."""
         self._transaction += 1
         try:
@@ -73,6 +75,8 @@ class PlanSession(ServerSession):
                 self._runners[self._selector] = self._count_runners()
             nonce = self._request(self._runners[self._selector])
             self._gather(nonce)
+            # What the engine holds is asked over HTTP.
+            verify = min(verify, wire.Verify.COPY)
             begin = wire.Begin(version, partial, verify, layout.digest, 0)
             for link in self._links:
                 link.begin(begin, layout, self._transaction, self._deadline())
@@ -95,7 +99,7 @@ class PlanSession(ServerSession):
         with self._undoing(self._previous):
             try:
                 self._hand_over(plan, verify, clock)
-                self._finish()
+                self._finish(plan)
             except BaseException:
                 self._hang_up()  # before anything is taken back: the loaders must return
                 raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import datetime
+import hashlib
 import itertools
 import json
 import threading
@@ -78,7 +79,7 @@ class FakeSGLang:
         name = path.strip("/")
         if name in self.lacks:
             return 404, {"detail": "Not Found"}
-        if method == "GET":
+        if method != "POST":
             return 405, {"detail": "Method Not Allowed"}
         self.calls.append(name)
         if path in self.fail:
@@ -103,6 +104,16 @@ class FakeSGLang:
         self.version = body["new_version"]
         self.calls[-1] += f" {self.version}"
         return 200, {"success": True}
+
+    def weights_checker(self, body):
+        assert body["action"] == "checksum"
+        ranks = []
+        for worker in self.workers:
+            runners = enumerate(self.runners(worker, body["selector"]))
+            tensors = [(f"{i}.{n}", t) for i, r in runners for n, t in r.named_parameters()]
+            hashes = {n: hashlib.sha256(repr(t.tolist()).encode()).hexdigest() for n, t in tensors}
+            ranks.append({"checksums": hashes})
+        return 200, {"success": True, "message": "Success.", "ranks": ranks}
 
     def begin_weight_update(self, body):
         if self.open:
@@ -255,7 +266,7 @@ class FakeSGLang:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = handle_any
+            do_GET = do_POST = do_OPTIONS = handle_any
 
             def log_message(self, *args):
                 pass

@@ -646,3 +646,96 @@ def test_the_names_of_a_draft_are_read_from_its_own_files(tmp_path):
         pytest.raises(weights.Unsupported, match="'embed' has shape"),
     ):
         p.update(sent, version=1)
+
+
+class Leaky(Fused):
+    """Now and then an engine keeps an old weight: its loader says that all is well."""
+
+    leaks = False
+
+    def load_weights(self, weights):
+        kept = self.norm.data.clone()
+        super().load_weights(weights)
+        if self.leaks:
+            self.norm.data.copy_(kept)
+
+
+@pytest.mark.parametrize("mode", ["bucket", "plan"])
+def test_an_engine_that_holds_other_weights_than_its_replica_is_found(mode):
+    engines = [Leaky(), Leaky()]
+    with FakeSGLang(engines[0]) as first, FakeSGLang(engines[1]) as second:
+        targets = [target(first, mode), target(second, mode)]
+        with weights.Publisher(targets, verify="engine", timeout=10) as p:
+            p.update(Fused.checkpoint(1), version=1)
+            report = p.update(Fused.checkpoint(2), version=2)
+            assert [entry.error for entry in report.engines] == [None, None]
+            calls = first.calls
+            assert calls.index("weights_checker") > calls.index("end_weight_update")
+            assert calls.index("weights_checker") < calls.index("update_weight_version 1")
+            # Another manifest: plan mode is at its first load_weights again.
+            engines[1].leaks = True
+            sent = dict(reversed(Fused.checkpoint(3).items()))
+            report = p.update(sent, version=3)
+            good, bad = report.engines
+            assert good.error is None
+            assert isinstance(bad.error, weights.ChecksumMismatch)
+            assert bad.error.dirty
+            assert "norm" in str(bad.error)
+            assert first.url in str(bad.error)
+            assert (first.version, first.paused) == ("3", False)
+            assert (second.version, second.paused) == ("pyrlk-updating:3", True)
+            engines[1].leaks = False
+            assert [e.error for e in p.ensure(3).engines] == [None]
+            assert (second.version, second.paused) == ("3", False)
+            assert same(engines[1], sent)
+
+
+def test_the_same_weights_again_have_the_same_checksums():
+    engine = Leaky()
+    with FakeSGLang(engine) as fake, publisher(fake, "bucket", verify="engine") as p:
+        p.update(Fused.checkpoint(1), version=1)
+        p.update(Fused.checkpoint(2), version=2)
+        p.update(Fused.checkpoint(1), version=3)
+        p.update({"norm.weight": torch.ones(12)}, version=4, partial=True)
+        p.update(Fused.checkpoint(1), version=5)
+        engine.leaks = True
+        with pytest.raises(weights.ChecksumMismatch, match="norm"):
+            p.update({"norm.weight": torch.ones(12)}, version=6, partial=True)
+        with pytest.raises(weights.EngineDirty):
+            p.update({"norm.weight": torch.ones(12)}, version=7, partial=True)
+        engine.leaks = False
+        p.update(Fused.checkpoint(1), version=7)
+        assert (fake.version, fake.paused) == ("7", False)
+
+
+def test_a_partial_update_onto_unknown_weights_is_not_compared():
+    with FakeSGLang(Fused()) as fake:
+        for seed in (1, 2):
+            with publisher(fake, "bucket") as p:  # somebody else's full update
+                p.update(Fused.checkpoint(seed), version=10 * seed)
+            with publisher(fake, "bucket", verify="engine") as p:
+                some = {"norm.weight": torch.ones(12)}
+                p.update(some, version=10 * seed + 1, partial=True)
+                assert "weights_checker" not in fake.calls
+
+
+def test_a_server_without_a_checker_is_refused_before_it_is_touched():
+    with (
+        FakeSGLang(Fused(), lacks={"weights_checker"}) as fake,
+        publisher(fake, "bucket", verify="engine") as p,
+    ):
+        with pytest.raises(weights.Unsupported, match=r"no /weights_checker"):
+            p.update(Fused.checkpoint(1), version=1)
+        assert fake.calls == []
+
+
+def test_a_checker_that_fails_leaves_the_engine_paused():
+    with FakeSGLang(Fused()) as fake, publisher(fake, "bucket", verify="engine") as p:
+        fake.fail["/weights_checker"] = 400
+        with pytest.raises(weights.ApplyFailed, match="made to fail") as caught:
+            p.update(Fused.checkpoint(1), version=1)
+        assert caught.value.dirty
+        assert (fake.version, fake.paused) == ("pyrlk-updating:1", True)
+        del fake.fail["/weights_checker"]
+        p.update(Fused.checkpoint(1), version=1)
+        assert (fake.version, fake.paused) == ("1", False)
