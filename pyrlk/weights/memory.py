@@ -12,6 +12,7 @@ Sums are those of csrc/memory/pack.h, equal on every device.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import enum
 import functools
@@ -20,7 +21,7 @@ import os
 import secrets
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -190,10 +191,10 @@ class Segment:
         self._flat = None
 
     def close(self) -> None:
-        """Give the memory back; idempotent."""
+        """Give the memory back; idempotent. After an error it may be tried again."""
         if self._flat is not None:
-            self._flat = None
             self._release()
+            self._flat = None
 
 
 class Host(Segment):
@@ -338,7 +339,8 @@ class _Own(Segment):
 
     def finish(self) -> None:
         if self.handle.kind is Kind.CUDA:
-            _C.cuda_synchronize(self._device.index or 0)
+            with _driver("waiting for copies"):
+                _C.cuda_synchronize(self._device.index or 0)
 
 
 def _borrowed(address: int, nbytes: int) -> Tensor:
@@ -356,18 +358,30 @@ class Cuda(Segment):
             ipc, offset, _ = _C.cuda_ipc_export(device, self._address)
             uuid = _C.cuda_device_uuid(device)
         except _C.CudaError as error:
-            self._free()
+            with contextlib.suppress(StagingError):  # the first error is the one to keep
+                self._free()
             raise StagingError(f"CUDA staging memory: {error}") from None
         handle = Handle(Kind.CUDA, nbytes, secrets.token_bytes(16), uuid, ipc, offset)
         super().__init__(handle, _cuda_tensor(self._address, nbytes, device), self._free)
 
     def finish(self) -> None:
-        _C.cuda_synchronize(self._device)
+        with _driver("waiting for copies"):
+            _C.cuda_synchronize(self._device)
 
     def _free(self) -> None:
         if self._address is not None:
-            _C.cuda_free(self._device, self._address)
+            with _driver("freeing staging memory"):
+                _C.cuda_free(self._device, self._address)
             self._address = None
+
+
+@contextlib.contextmanager
+def _driver(doing: str) -> Iterator[None]:
+    """The driver's errors as ours."""
+    try:
+        yield
+    except _C.CudaError as error:
+        raise StagingError(f"{doing}: {error}") from None
 
 
 class _OpenCuda(Segment):
@@ -378,10 +392,16 @@ class _OpenCuda(Segment):
         except _C.CudaError as error:
             raise StagingError(f"CUDA handle: {error}") from None
         flat = _cuda_tensor(base + handle.offset, handle.nbytes, self._device)
-        super().__init__(handle, flat, lambda: _C.cuda_ipc_close(self._device, base))
+        super().__init__(handle, flat, self._close_handle)
+        self._base = base
+
+    def _close_handle(self) -> None:
+        with _driver("closing a handle"):
+            _C.cuda_ipc_close(self._device, self._base)
 
     def finish(self) -> None:
-        _C.cuda_synchronize(self._device)
+        with _driver("waiting for copies"):
+            _C.cuda_synchronize(self._device)
 
     def close(self) -> None:
         if self._flat is not None:
@@ -487,8 +507,20 @@ class Ring:
         slot.state = State.FREE
 
     def close(self) -> None:
-        for slot in self.slots:
-            slot.segment.close()
+        close_all([slot.segment for slot in self.slots])
+
+
+def close_all(segments: list[Segment]) -> None:
+    """Close and forget segments, the last one first. One that fails stays; the others do not."""
+    errors: list[StagingError] = []
+    for index in reversed(range(len(segments))):
+        try:
+            segments[index].close()
+            del segments[index]
+        except StagingError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @functools.cache

@@ -441,19 +441,20 @@ class _Session:
             self.close_segments()
 
     def close_segments(self) -> None:
-        while self.segments:
-            self.segments.pop().close()
-        self.close_direct()
         self._generations.clear()
+        try:
+            memory.close_all(self.segments)
+        finally:
+            self.close_direct()
 
     def close_direct(self, kind: memory.Kind | None = None) -> None:
         """All of the trainer's own segments, or none if the first is of another kind."""
         if self.direct and kind in (None, self.direct[0].handle.kind):
-            while self.direct:
-                self.direct.pop().close()
+            memory.close_all(self.direct)
 
     def close(self) -> None:
-        self.close_segments()
+        with contextlib.suppress(StagingError):  # nobody is left to be told
+            self.close_segments()
         self.channel.close()
 
 

@@ -1,4 +1,6 @@
 import contextlib
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,6 +59,18 @@ def start(socket_path: str) -> Iterator[Callable[..., subprocess.Popen]]:
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory) -> str:
+    """A CUDA driver for PYRLK_LIBCUDA; see fake_cuda.c."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda_fake.so"
+    source = str(CHILD.with_name("fake_cuda.c"))
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", str(library)], check=True)
+    return str(library)
 
 
 @contextlib.contextmanager

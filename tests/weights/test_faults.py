@@ -35,7 +35,7 @@ pytestmark = pytest.mark.distributed
 FORK = multiprocessing.get_context("fork")
 # Seconds: the deadline of a wait that is going to fail. On a busy machine an earlier wait may fail
 # of it; the case is then tried again with twice as much.
-PATIENCE = 0.02
+PATIENCE = 0.01
 LONG = 10.0  # the deadline of a wait that is not going to fail
 # Three buckets of one tensor each through two slots.
 SHAPES = {"a": (37,), "b": (5, 9), "c": (64,)}
