@@ -54,6 +54,8 @@ class Gathered(Sharded):
         None where one process holds everything.
     rank, ranks : int
         This one's place in the group, and how many there are.
+    timeout : float
+        Seconds for a collective beside those of the buckets; may be set.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Gathered(Sharded):
             raise ValueError("group: this process is not one of its ranks")
         self._shards = shards
         self._wanted_by = wanted_by
-        self._timeout = timeout
+        self.timeout = timeout
         self._own: dict[tuple[str, Box], Own] = {}
         self._local: Table | None = None  # of this update
         self._noted = Table({})
@@ -172,7 +174,7 @@ class Gathered(Sharded):
         return frozenset(rank for rank, one in enumerate(said) if one[digest])
 
     def stream(
-        self, bucket_bytes: int = 512 << 20, *, receive: bool = True, timeout: float = 30.0
+        self, bucket_bytes: int = 512 << 20, *, receive: bool = True
     ) -> Iterator[dict[str, Tensor]]:
         """Gather without a publisher: the tensors of one bucket after another.
 
@@ -184,8 +186,6 @@ class Gathered(Sharded):
         bucket_bytes : int
         receive : bool
             False where the rank only contributes; it is given empty mappings.
-        timeout : float
-            Seconds for a bucket.
         """
         layout = layouts.plan(self.specs(), bucket_bytes)
         count = min(_IN_FLIGHT, len(layout.buckets)) if receive else 0
@@ -203,7 +203,7 @@ class Gathered(Sharded):
         for bucket, members in enumerate(layout.members):
             if bucket + 1 < len(layout.buckets):
                 works[bucket + 1] = start(bucket + 1)
-            works.pop(bucket).wait(timeout)
+            works.pop(bucket).wait(self.timeout)
             tensors = {}
             if receive:
                 flat = outs[bucket % _IN_FLIGHT]
@@ -267,7 +267,7 @@ class Gathered(Sharded):
         every = torch.empty(self.ranks * nbytes, dtype=torch.uint8, device=device)
         self.complete(
             lambda: _all_gather_single(every, mine, self.group, async_op=True),
-            self._timeout,
+            self.timeout,
         )
         return [bytes(row.tolist()) for row in every.view(self.ranks, nbytes).cpu()]
 
@@ -363,7 +363,7 @@ class Gathered(Sharded):
         """Await what an update that broke off has left in flight."""
         for buffers in self._buffers:
             if buffers.work is not None:
-                buffers.work.drop(self._timeout)
+                buffers.work.drop(self.timeout)
 
     def _check_usable(self) -> None:
         if self._failure is not None:
