@@ -44,7 +44,7 @@ def said(request, tmp_path_factory):
         for rank in range(ranks)
     ]  # fmt: skip
     try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
+        outputs = [child.communicate(timeout=280)[0] for child in children]
     finally:
         for child in children:
             child.kill()

@@ -96,7 +96,10 @@ def dtensors_of_every_placement_are_whole_again():
                     Shard(0) if p.is_shard() and p.dim >= tensor.ndim else p for p in placements
                 ]
                 sharded[name] = distribute_tensor(tensor, mesh, fitting)
-            gathered_equals(gather.dtensor(holder(**sharded)), whole, buckets=(700, 1 << 20))
+            gathered_equals(
+                gather.dtensor(holder(**sharded)), whole, buckets=(700,),
+                receivers=[range(ranks()), [ranks() - 1]],
+            )  # fmt: skip
 
 
 @check
@@ -167,7 +170,8 @@ def fsdp2_models_go_by_their_checkpoint_names():
                 if tensor_parallel:
                     assert isinstance(q.placements[0], _StridedShard)
                     assert q.device_mesh.ndim == 2
-                gathered_equals(gather.dtensor(model), whole, buckets=(9000, 1 << 20))
+                gathered = gather.dtensor(model)
+                gathered_equals(gathered, whole, buckets=(9000,), receivers=[[0], range(ranks())])
 
 
 @check

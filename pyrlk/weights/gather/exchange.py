@@ -383,7 +383,7 @@ class Gathered(Sharded):
             raise self._failure from error
 
     def _typed(self, error: RuntimeError, timeout: float) -> UpdateError:
-        text = str(error).splitlines()[0][:200]
+        text = str(error).partition(". This is typically")[0].partition("\n")[0][:200]
         if "timeout" in text.lower() or "timed out" in text.lower():
             return Timeout(
                 f"gather: some rank of the group of {self.ranks} did not take part within "
