@@ -14,11 +14,14 @@ of an update the digest of the layout, who receives, and an error that keeps all
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import itertools
 import json
 import math
 import struct
+import time
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -41,6 +44,7 @@ _IN_FLIGHT = 2
 _LENGTH = struct.Struct("<Q")
 _TEXT = 512  # of an error that is told to the other ranks
 _PLANS = 8
+_STAGES = ("pack", "wait", "assemble")
 # Renamed in torch 2.13.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -56,6 +60,9 @@ class Gathered(Sharded):
         This one's place in the group, and how many there are.
     timeout : float
         Seconds for a collective beside those of the buckets; may be set.
+    seconds : dict
+        Of the last update by stage: "pack", "wait" (for a collective) and "assemble". What ran
+        while this process did something else is not in it.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Gathered(Sharded):
         self._plan: _Plan | None = None  # of this update
         self._buffers: list[_Buffers] = []
         self._failure: UpdateError | None = None
+        self.seconds = dict.fromkeys(_STAGES, 0.0)
         self._wholes, self.device = self._meet()
 
     def specs(self) -> list[layouts.Spec]:
@@ -131,6 +139,7 @@ class Gathered(Sharded):
         """An update: every rank says how it takes part, so that all of them go on, or none."""
         self._drain()
         self._local = self._plan = None
+        self.seconds = dict.fromkeys(_STAGES, 0.0)
         failure: Exception | None = None
         try:
             if layout.staged < len(layout.buckets):
@@ -269,7 +278,8 @@ class Gathered(Sharded):
             lambda: _all_gather_single(every, mine, self.group, async_op=True),
             self.timeout,
         )
-        return [bytes(row.tolist()) for row in every.view(self.ranks, nbytes).cpu()]
+        rows = every.view(self.ranks, nbytes).cpu()
+        return [ctypes.string_at(row.data_ptr(), nbytes) for row in rows]
 
     def _device(self, kind: str) -> torch.device:
         return (
@@ -354,6 +364,12 @@ class Gathered(Sharded):
             self._buffers.append(free)
         free.fit(plan, self.device)
         return free
+
+    @contextlib.contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - begin
 
     def forget_tensors(self) -> None:
         """Between updates no tensor of the trainer is kept alive."""
@@ -514,7 +530,8 @@ class _Bucket(Work):
         step = self._step
         send = self._buffers.send[: sum(step.send_splits)]
         self._receive = self._buffers.receive[: sum(step.receive_splits)]
-        self._pack(send)
+        with owner.clock("pack"):
+            self._pack(send)
 
         def begin() -> None:
             self._handle = dist.all_to_all_single(
@@ -526,8 +543,9 @@ class _Bucket(Work):
 
     def wait(self, timeout: float) -> list[int] | None:
         if not self._done:
-            self._owner.complete(lambda: self._handle, timeout)
-            with torch.no_grad():
+            with self._owner.clock("wait"):
+                self._owner.complete(lambda: self._handle, timeout)
+            with self._owner.clock("assemble"), torch.no_grad():
                 self._assemble()
             self._finish()
             if self._last:
