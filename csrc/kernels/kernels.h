@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "kept_sets.h"
 #include "objective.h"
 #include "row.h"
 
@@ -74,7 +74,7 @@ struct SampleArgs {
   float *logprob, *full_logprob;
   int32_t* kept;
   uint8_t* status;
-  std::vector<int32_t>* support;  // [rows]: kept ids, ascending; or null
+  KeptSets* support;  // of all rows, or null
 };
 // Returns −1, or the first row whose parameters are out of range (that row gets status kInvalid).
 int64_t sample(const SampleArgs& args, int threads);
@@ -91,7 +91,7 @@ struct VerifyArgs {
   int32_t* accepted;
   float *logprob, *full_logprob;  // [B, depth + 1]; 0 after the last
   uint8_t* status;
-  std::vector<int32_t>* support;  // [B · (depth + 1)], or null
+  KeptSets* support;  // of B · (depth + 1) rows, or null
 };
 // As `sample`.
 int64_t verify_draft(const VerifyArgs& args, int threads);
