@@ -144,7 +144,7 @@ def fsdp2_models_go_by_their_checkpoint_names():
         parallelize_module,
     )
 
-    for tied, moe in ((False, True), (True, True), (True, False)):
+    for tied, moe in ((False, True), (True, False)):
         whole = {name: t.detach().clone() for name, t in gather.hf(tiny(tied, moe))}
         assert ("lm_head.weight" in whole) == (not tied)
         shapes = [(ranks(),)] + [(2, 2)] * (ranks() == 4)
@@ -225,7 +225,7 @@ def megatron_models_are_whole_again():
     whole = checkpoint()
     pairs = groups_of(ranks() // 2, 2)  # stage or expert, tensor
     line = dist.group.WORLD
-    layouts_ = [
+    parallel = [
         {"tensor": line},
         {"stage": line},
         {"expert": line},
@@ -234,8 +234,8 @@ def megatron_models_are_whole_again():
         {"stage": pairs[0], "tensor": pairs[1], "expert": pairs[1]},
         {"expert": pairs[0], "tensor": pairs[1], "expert_tensor": pairs[1]},
     ]
-    for groups in layouts_:
-        for grouped in (False, True):
+    for i, groups in enumerate(parallel):
+        for grouped in {i % 2 > 0, i > 4}:
             places = {name: place(group) for name, group in groups.items()}
             model = build(whole, grouped=grouped, **places)
             gathered = gather.megatron(
@@ -303,7 +303,7 @@ def many(count, rows=16, columns=32):
 @check
 def collectives_are_those_of_the_buckets_and_two():
     """3,000 tensors: from the making of the gather to its last bucket; then the buckets alone."""
-    module, whole = many(3000)
+    module, whole = many(3000 if ranks() == 4 else 300)
     found = []
 
     def once():
