@@ -4,20 +4,20 @@ baseline   what slime does (update_weight/common.py): one all_gather a tensor, a
            begun with async_op, then a torch.cat of each
 gather     one collective a bucket, parts put together on the way into bucket memory
 
-Overlap: each bucket is handed to an engine that takes as long for it as its collective does (a
-thread that sleeps: its work is not this machine's). serial: stage after stage; overlapped: the next
-bucket is under way, the last one still at the engine. limit: the slowest stage alone.
+per_tensor and gather: every rank gets all. Then rank 0 alone does, for an engine that takes as long
+for a bucket as its collective does (a thread that sleeps: its work is not this machine's). serial:
+stage after stage; overlapped: the next bucket is under way, the last one still with the engine.
+Limit: the slowest stage alone.
 """
 
 from __future__ import annotations
 
 import json
-import queue
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pyrlk.weights import gather
 from pyrlk.weights import layout as layouts
+from pyrlk.weights.source import Work
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -87,34 +88,33 @@ def in_buckets(gathered: gather.Gathered, bucket_bytes: int) -> list[Tensor]:
 
 
 def _handed_over(
-    gathered: gather.Gathered, layout: layouts.Layout, seconds: float, overlapped: bool
+    gathered: gather.Gathered,
+    layout: layouts.Layout,
+    slots: list[Tensor],
+    seconds: float = 0.0,
+    *,
+    overlapped: bool = True,
 ) -> None:
-    """Gather every bucket; an engine takes `seconds` for each, and has two of them at most."""
-    outs = [torch.empty(layout.slot_bytes, dtype=torch.uint8) for _ in range(2)]
-    if not overlapped:
-        for bucket in range(len(layout.buckets)):
-            gathered.start(layout, bucket, outs[0]).wait(60)
-            time.sleep(seconds)
-        return
-    free = threading.Semaphore(2)
-    ready: queue.SimpleQueue[int] = queue.SimpleQueue()
+    """Gather every bucket into two slots; an engine behind them takes `seconds` for each.
 
-    def engine() -> None:
-        for _ in layout.buckets:
-            ready.get()
-            time.sleep(seconds)
-            free.release()
-
-    thread = threading.Thread(target=engine)
-    thread.start()
-    works = {0: gathered.start(layout, 0, outs[0])}
-    for bucket in range(len(layout.buckets)):
-        if bucket + 1 < len(layout.buckets):
-            works[bucket + 1] = gathered.start(layout, bucket + 1, outs[(bucket + 1) % 2])
-        free.acquire()
-        works.pop(bucket).wait(60)
-        ready.put(bucket)
-    thread.join()
+    A rank without slots only contributes.
+    """
+    count = len(layout.buckets)
+    handed: list[Future] = []
+    works: dict[int, Work] = {}
+    with ThreadPoolExecutor(1) as engine:
+        for bucket in range(count):
+            for ahead in range(bucket, min(bucket + 1 + overlapped, count)):
+                if ahead not in works:
+                    out = slots[ahead % 2] if slots else None
+                    works[ahead] = gathered.start(layout, ahead, out)
+            if slots and overlapped and bucket >= 2:
+                handed[bucket - 2].result()  # its slot is free again
+            works[bucket].wait(60)
+            if slots:
+                handed.append(engine.submit(time.sleep, seconds))
+                if not overlapped:
+                    handed[-1].result()
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -144,7 +144,6 @@ def _rank(rank: int, folder: str, cases: list[Case], rounds: int) -> None:
             k: [] for k in ("per_tensor", "gather", "pack", "collective", "assemble", "engine",
                             "serial", "overlapped")
         }  # fmt: skip
-        _handed_over(gathered, layout, 0.0, False)
         for _ in range(rounds):
             _one_round(module, gathered, layout, bucket_bytes, times)
         if rank == 0:
@@ -161,17 +160,23 @@ def _one_round(
     bucket_bytes: int,
     times: dict[str, list[float]],
 ) -> None:
+    slots = [torch.zeros(layout.slot_bytes, dtype=torch.uint8) for _ in range(2)]
     times["per_tensor"].append(_timed(lambda: per_tensor(module, bucket_bytes)))
-    times["gather"].append(_timed(lambda: in_buckets(gathered, bucket_bytes)))
-    _timed(lambda: _handed_over(gathered, layout, 0.0, False))
+    times["gather"].append(_timed(lambda: _handed_over(gathered, layout, slots)))
+    mine = slots if gathered.rank == 0 else []
+    _timed(lambda: _handed_over(gathered, layout, mine, overlapped=False))
     spent = torch.tensor([gathered.seconds[k] for k in ("pack", "wait", "assemble")])
     dist.all_reduce(spent, dist.ReduceOp.MAX)
     for stage, value in zip(("pack", "collective", "assemble"), spent.tolist(), strict=True):
         times[stage].append(value * 1e3)
     times["engine"].append(spent[1].item() * 1e3)
     pause = spent[1].item() / len(layout.buckets)
-    times["serial"].append(_timed(lambda: _handed_over(gathered, layout, pause, False)))
-    times["overlapped"].append(_timed(lambda: _handed_over(gathered, layout, pause, True)))
+    for side in ("serial", "overlapped"):
+        overlapped = side == "overlapped"
+        spent_on = _timed(
+            lambda o=overlapped: _handed_over(gathered, layout, mine, pause, overlapped=o)  # type: ignore[misc]
+        )
+        times[side].append(spent_on)
 
 
 def _row(count: int, height: int, width: int, layout: layouts.Layout, times: dict) -> dict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from toy_megatron import CONFIG, EXPERTS, VOCAB, build, checkpoint
 from pyrlk import weights
 from pyrlk.weights import gather, memory
 from pyrlk.weights import layout as layouts
+from pyrlk.weights.gather import exchange
 
 
 def rank():
@@ -343,6 +345,28 @@ def sums_and_bytes_are_those_of_pack():
             assert torch.equal(out.flat, packed.flat)
             packed.close()
             out.close()
+
+
+@check
+def what_lies_on_a_gpu_takes_the_same_way_by_torch():
+    """The path that copies a part at a time, run on the CPU: same bytes, same sums."""
+    whole = checkpoint()
+    model = build(whole, tensor=place(dist.group.WORLD))
+    gathered = gather.megatron(model, vocab_size=VOCAB, tensor_group=dist.group.WORLD)
+    layout = layouts.plan(gathered.specs(), 20_000)
+
+    def everything():
+        for bucket, nbytes in enumerate(layout.buckets):
+            out = torch.zeros(nbytes, dtype=torch.uint8)
+            sums = gathered.start(layout, bucket, out).wait(10)
+            yield sums, out
+
+    wanted = list(everything())
+    with mock.patch.object(exchange, "_on_host", lambda tensor: False):
+        got = list(everything())
+    for (sums, out), (other_sums, other) in zip(wanted, got, strict=True):
+        assert sums == other_sums
+        assert torch.equal(out, other)
 
 
 @check

@@ -87,6 +87,7 @@ class Gathered(Sharded):
         self._noted = Table({})
         self._plans: dict[tuple[bytes, frozenset[int]], _Plan] = {}
         self._plan: _Plan | None = None  # of this update
+        self._layouts: dict[int, layouts.Layout] = {}
         self._buffers: list[_Buffers] = []
         self._failure: UpdateError | None = None
         self.seconds = dict.fromkeys(_STAGES, 0.0)
@@ -98,6 +99,12 @@ class Gathered(Sharded):
             layouts.Spec(w.name, w.shape, w.dtype, None if w.alias is None else index[w.alias])
             for w in self._wholes.values()
         ]
+
+    def layout(self, bucket_bytes: int) -> layouts.Layout:
+        """The layout of `specs()` in buckets of at most so many bytes."""
+        if bucket_bytes not in self._layouts:
+            self._layouts = {bucket_bytes: layouts.plan(self.specs(), bucket_bytes)}
+        return self._layouts[bucket_bytes]
 
     def peak_bytes(
         self, bucket_bytes: int, *, receivers: Collection[int] | None = None, buffers: int = 2
@@ -111,7 +118,7 @@ class Gathered(Sharded):
         receivers : collection of int, optional
             Ranks with bucket memory; all of them by default.
         """
-        layout = layouts.plan(self.specs(), bucket_bytes)
+        layout = self.layout(bucket_bytes)
         ranks = frozenset(range(self.ranks) if receivers is None else receivers)
         plan = _Plan(layout, self._moves(layout, ranks), self, self.rank in ranks)
         return plan.exchange_bytes + (layout.peak_bytes(buffers) if self.rank in ranks else 0)
@@ -196,7 +203,7 @@ class Gathered(Sharded):
         receive : bool
             False where the rank only contributes; it is given empty mappings.
         """
-        layout = layouts.plan(self.specs(), bucket_bytes)
+        layout = self.layout(bucket_bytes)
         count = min(_IN_FLIGHT, len(layout.buckets)) if receive else 0
         outs = [
             torch.empty(layout.slot_bytes, dtype=torch.uint8, device=self.device)
@@ -563,7 +570,7 @@ class _Bucket(Work):
 
     def _pack(self, send: Tensor) -> None:
         step, owner = self._step, self._owner
-        if send.device.type == "cpu":
+        if _on_host(send):
             addresses = array("Q", owner.addresses(step.send_keys, step.send_offsets))
             threads = torch.get_num_threads()
             _C.pack(send.data_ptr(), send.numel(), step.send_forms, addresses, False, threads)
@@ -577,7 +584,7 @@ class _Bucket(Work):
         if self._out is None:
             return
         step, out = self._step, self._out
-        if out.device.type == "cpu" and self._owner.device.type == "cpu":
+        if _on_host(out) and self._owner.device.type == "cpu":
             sums = self._assemble_on_host(out)
         else:
             sums = self._assemble_by_torch(out)
@@ -613,6 +620,11 @@ class _Bucket(Work):
                 else:
                     place.copy_(self._owner.part(source))
         return memory.sums_of(out, step.ranges) if self._checksum else []
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether the C++ side can reach it; torch copies what lies on a GPU, a part at a time."""
+    return tensor.device.type == "cpu"
 
 
 def _flat(out: memory.Segment | Tensor | None, nbytes: int) -> Tensor | None:

@@ -1,6 +1,6 @@
 """A rank is killed (SIGKILL) while four of them gather; the others say what they met, and when.
 
-    python killed_ranks.py FOLDER MOMENTS      one JSON line a moment
+    python gather_killed.py FOLDER MOMENTS      one JSON line a moment
 
 The ranks are forked from a process that has imported everything: a moment takes a second.
 """

@@ -11,7 +11,7 @@ import pytest
 import pyrlk
 
 pytestmark = pytest.mark.distributed
-SCRIPT = Path(__file__).with_name("killed_ranks.py")
+SCRIPT = Path(__file__).with_name("gather_killed.py")
 DEADLINE = 5.0  # as in the script
 
 
