@@ -140,7 +140,7 @@ class Source(Table):
     def _check(self) -> None:
         for name, tensor in zip(self.names, self.tensors, strict=True):
             if hasattr(tensor, "full_tensor"):
-                raise Unsupported(f"{name!r} is a DTensor: pass tensor.full_tensor()")
+                raise Unsupported(f"{name!r} is a DTensor: pass weights.gather.dtensor(module)")
             if tensor.layout is not torch.strided or tensor.device.type == "meta":
                 kind = "meta" if tensor.device.type == "meta" else str(tensor.layout)
                 raise Unsupported(f"{name!r} is a {kind} tensor: pass a dense one with data")
