@@ -33,7 +33,8 @@ from .errors import (
     Timeout,
     UpdateError,
 )
-from .publisher import Clock, Outcome, Plan
+from .packing import Plan
+from .report import Clock, Outcome
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
 from .sglang_session import ServerSession, Settings
@@ -86,32 +87,13 @@ class PlanSession(ServerSession):
                 raise
 
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
-        threads = torch.get_num_threads()
-        try:
-            with self._undoing(self._previous):
-                for bucket, copies in enumerate(plan.copies):
-                    slot = self._free_slot()
-                    clock.lap("load")
-                    slot.fill()
-                    sums = slot.segment.pack(copies, checksum=verify, threads=threads)
-                    slot.segment.finish()
-                    slot.ready()
-                    clock.lap("pack")
-                    body = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums)).encode()
-                    self._reading[slot.index] = set(self._links)
-                    self.handed_over = True
-                    for link in self._links:
-                        self._send(link, Type.BUCKET, body)
-                    clock.lap("hand-over")
-                self._collect(Type.APPLIED)
-                clock.lap("load")
-                assert self._post is not None
-                self._post.join(self._timeout)
-                clock.lap("hand-over")
+        with self._undoing(self._previous):
+            try:
+                self._hand_over(plan, verify, clock)
                 self._finish()
-        except BaseException:
-            self._hang_up()
-            raise
+            except BaseException:
+                self._hang_up()  # before anything is taken back: the loaders must return
+                raise
         clock.lap("finish")
         applied = [link.applied for link in self._links if link.applied is not None]
         return wire.Applied(
@@ -119,6 +101,26 @@ class PlanSession(ServerSession):
             max((a.verify_seconds for a in applied), default=0.0),
             max((a.copy_seconds for a in applied), default=0.0),
         )
+
+    def _hand_over(self, plan: Plan, verify: bool, clock: Clock) -> None:
+        for bucket in range(plan.layout.staged):
+            slot = self._free_slot()
+            clock.lap("load")
+            slot.fill()
+            sums = plan.start(bucket, slot.segment, verify).wait(self._timeout)
+            slot.ready()
+            clock.lap("pack")
+            body = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums or ())).encode()
+            self._reading[slot.index] = set(self._links)
+            self.handed_over = True
+            for link in self._links:
+                self._send(link, Type.BUCKET, body)
+            clock.lap("hand-over")
+        self._collect(Type.APPLIED)
+        clock.lap("load")
+        assert self._post is not None
+        self._post.join(self._timeout)
+        clock.lap("hand-over")
 
     def outcome(self, layout: layouts.Layout) -> Outcome:
         assert self._sent is not None
@@ -137,8 +139,9 @@ class PlanSession(ServerSession):
             fallback=fallback,
         )
 
-    def close(self) -> None:
-        self.abandon()
+    def cancel(self) -> None:
+        self._hang_up()
+        super().cancel()
 
     def abandon(self) -> None:
         self._hang_up()
@@ -401,7 +404,7 @@ class _Post:
 
     def __init__(self, server: Server, payloads: list[str], selector: str, timeout: float):
         self._server = Server(server.url, server.http.api_key, timeout)
-        self._server.sessions = server.sessions
+        self._server.sessions, self._server.ranks = server.sessions, server.ranks
         self._error: UpdateError | None = None
         self.done, self._write = socket.socketpair()
         self._thread = threading.Thread(

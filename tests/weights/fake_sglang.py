@@ -2,26 +2,36 @@
 
 A worker is a model with load_weights; in plan mode each rank calls our loader, in its own thread.
 `calls` holds the steps in their order. `fail[path] = status` makes an endpoint fail.
+`lacks` names endpoints that an older server does not have.
 """
 
 from __future__ import annotations
 
 import base64
+import concurrent.futures
+import datetime
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.reduction import ForkingPickler
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from pyrlk.weights import sglang_loader
 from pyrlk.weights.sglang_server import LOADER
 
+# Since sessions came, /post_process_weights is gone.
+CURRENT = frozenset({"post_process_weights"})
+NO_SESSIONS = frozenset({"begin_weight_update", "end_weight_update"})
+
 
 class FakeSGLang:
-    def __init__(self, *workers: nn.Module, sessions=True, api_key=None, **info):
+    def __init__(self, *workers: nn.Module, lacks=CURRENT, api_key=None, **info):
         self.workers = workers
-        self.sessions = sessions
+        self.lacks = lacks
+        self.sessions = "begin_weight_update" not in lacks
         self.api_key = api_key
         self.info = {
             "tp_size": len(workers),
@@ -40,6 +50,8 @@ class FakeSGLang:
         self.flushes_refused = 0
         self.calls: list[str] = []
         self.fail: dict[str, int] = {}
+        self.groups: dict[str, list[dist.ProcessGroupGloo]] = {}
+        self.before_broadcast = lambda rank: None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -54,22 +66,21 @@ class FakeSGLang:
         self._server.server_close()
         self._thread.join()
 
-    def answer(self, path, body):
+    def answer(self, method, path, body):
         """(status, body) of a request."""
         if path == "/server_info":
             return 200, self.info
         if path == "/model_info":
             return 200, {"weight_version": self.version}
-        self.calls.append(path.strip("/"))
+        name = path.strip("/")
+        if name in self.lacks:
+            return 404, {"detail": "Not Found"}
+        if method == "GET":
+            return 405, {"detail": "Method Not Allowed"}
+        self.calls.append(name)
         if path in self.fail:
             return self.fail[path], {"success": False, "message": "made to fail"}
-        if not self.sessions and path in (
-            "/begin_weight_update",
-            "/end_weight_update",
-            "/update_weight_version",
-        ):
-            return 404, {"detail": "Not Found"}
-        return getattr(self, path.strip("/"))(body)
+        return getattr(self, name)(body)
 
     def pause_generation(self, body):
         assert body["mode"] in ("abort", "retract", "in_place")
@@ -102,6 +113,12 @@ class FakeSGLang:
         self.open = False
         return 200, {"success": True}
 
+    def post_process_weights(self, body):
+        restore, process = body["restore_weights_before_load"], body["post_process_quantization"]
+        assert restore is not process
+        self.calls[-1] += " restore" if restore else " process"
+        return 200, {"success": True}
+
     def update_weights_from_tensor(self, body):
         payloads = body["serialized_named_tensors"]
         # The real one dies of this.
@@ -109,6 +126,7 @@ class FakeSGLang:
         if not self.open and self.sessions:
             return 400, {"success": False, "message": "must run between begin and end"}
         assert body["flush_cache"] is False
+        assert self.sessions or "selector" not in body
         threads = [
             threading.Thread(target=self._work, args=(worker, payload, body["load_format"]))
             for worker, payload in zip(self.workers, payloads, strict=True)
@@ -120,6 +138,76 @@ class FakeSGLang:
         if body.get("weight_version") is not None:
             self.version = body["weight_version"]
         return 200, {"success": True, "message": "Success"}
+
+    def init_weights_update_group(self, body):
+        address, port, name = (body[k] for k in ("master_address", "master_port", "group_name"))
+
+        def join(rank):
+            patience = datetime.timedelta(seconds=10)
+            store = dist.TCPStore(address, port, None, False, patience)
+            (device, *_) = dist.distributed_c10d.BackendConfig(
+                dist.Backend("gloo")
+            ).get_device_backend_map()
+            for prefix in (name, f"{name}/", f"{device}/"):
+                store = dist.PrefixStore(prefix, store)
+            rank += body["rank_offset"]
+            return dist.ProcessGroupGloo(store, rank, body["world_size"], patience)
+
+        assert body["backend"] == "gloo"
+        try:
+            self.groups[name] = self._on_each_rank(join)
+        except RuntimeError as error:
+            return 400, {
+                "success": False,
+                "message": f"Failed to initialize custom process group: {error}.",
+            }
+        return 200, {"success": True, "message": "Succeeded to initialize custom process group."}
+
+    def destroy_weights_update_group(self, body):
+        if self.groups.pop(body["group_name"], None) is None:
+            return 400, {"success": False, "message": "The group to be destroyed does not exist."}
+        return 200, {"success": True, "message": "Succeeded to destroy custom process group."}
+
+    def update_weights_from_distributed(self, body):
+        if not self.open and self.sessions:
+            return 400, {"success": False, "message": "must run between begin and end"}
+        assert body["load_format"] == "flattened_bucket"
+        assert body["flush_cache"] is False
+        groups = self.groups[body["group_name"]]
+        forms = list(zip(body["names"], body["dtypes"], body["shapes"], strict=True))
+
+        def take(rank):
+            self.before_broadcast(rank)
+            places, end = [], 0
+            for name, dtype, shape in forms:
+                dtype = getattr(torch, dtype)
+                assert end % dtype.itemsize == 0, "Unaligned received tensor"
+                nbytes = torch.Size(shape).numel() * dtype.itemsize
+                places.append((name, dtype, shape, end, end + nbytes))
+                end += nbytes
+            flat = torch.empty(end, dtype=torch.uint8)
+            try:
+                groups[rank].broadcast([flat], dist.BroadcastOptions()).wait()
+            except RuntimeError as error:
+                return f"Failed to receive weights: {error}"
+            try:
+                self.workers[rank].load_weights(
+                    [(n, flat[a:b].view(dtype).reshape(shape)) for n, dtype, shape, a, b in places]
+                )
+            except Exception as error:
+                return f"Failed to update parameter online: {error}."
+            return ""
+
+        failed = [message for message in self._on_each_rank(take) if message]
+        if failed:
+            return 400, {"success": False, "message": failed[0]}
+        if body.get("weight_version") is not None:
+            self.version = body["weight_version"]
+        return 200, {"success": True, "message": "Succeeded to update parameter online."}
+
+    def _on_each_rank(self, step):
+        with concurrent.futures.ThreadPoolExecutor(len(self.workers)) as threads:
+            return list(threads.map(step, range(len(self.workers))))
 
     def _work(self, worker, payload, load_format):
         value = ForkingPickler.loads(base64.b64decode(payload))
@@ -148,7 +236,9 @@ class FakeSGLang:
                 if wanted and self.headers.get("Authorization") != wanted:
                     status, body = 401, {"error": "Unauthorized"}
                 else:
-                    status, body = fake.answer(self.path, json.loads(raw) if raw else {})
+                    status, body = fake.answer(
+                        self.command, self.path, json.loads(raw) if raw else {}
+                    )
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
