@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from pyrlk import weights
 from pyrlk.weights import gather
@@ -26,6 +25,7 @@ from pyrlk.weights import gather
 RANKS = 4
 DEADLINE = 5.0  # seconds, of every wait
 TENSORS = 60
+RULES = [gather.Rule("w{i}", "w{i}")]
 
 
 def run(rank, folder, said):
@@ -34,18 +34,20 @@ def run(rank, folder, said):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS
     )
-    mesh = init_device_mesh("cpu", (RANKS,))
     module = nn.Module()
     for i in range(TENSORS):
-        shard = DTensor.from_local(torch.full((64, 32), float(i)), mesh, [Shard(0)])
-        module.register_parameter(f"w{i}", nn.Parameter(shard, requires_grad=False))
+        part = nn.Parameter(torch.full((64, 32), float(i)), requires_grad=False)
+        part.tensor_model_parallel, part.partition_dim = True, 0
+        module.register_parameter(f"w{i}", part)
     dist.barrier()
     os.write(said, b"r")  # ready: from here on any moment will do
     began, outcome = time.monotonic(), "nothing"
     try:
         while time.monotonic() - began < 60:
             began = time.monotonic()
-            gathered = gather.dtensor(module, timeout=DEADLINE)
+            gathered = gather.megatron(
+                module, rules=RULES, tensor_group=dist.group.WORLD, timeout=DEADLINE
+            )
             for _ in range(3):
                 for _ in gathered.stream(200_000, receive=rank in (0, 2)):
                     began = time.monotonic()

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo  # the first DTensor imports it; here it is imported once for all ranks
 import torch.distributed as dist
 from harness import check, collectives, main
 from torch import nn
@@ -23,8 +24,14 @@ from torch.distributed.tensor import (
     distribute_tensor,
     init_device_mesh,
 )
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
 from toy_megatron import CONFIG, EXPERTS, VOCAB, build, checkpoint
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pyrlk import weights
 from pyrlk.weights import gather, memory
@@ -121,8 +128,6 @@ def strided_shards_are_whole_again():
 
 
 def tiny(tied=False, moe=True, seed=3):
-    import transformers
-
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -130,21 +135,14 @@ def tiny(tied=False, moe=True, seed=3):
         "max_position_embeddings": 64, "tie_word_embeddings": tied,
     }  # fmt: skip
     if not moe:
-        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
-    config = transformers.Qwen3MoeConfig(
-        **sizes, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
+        return Qwen3ForCausalLM(Qwen3Config(**sizes))
+    config = Qwen3MoeConfig(**sizes, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
+    return Qwen3MoeForCausalLM(config)
 
 
 @check
 def fsdp2_models_go_by_their_checkpoint_names():
     """Fused experts that FSDP cuts between experts, tied weights, uneven shards, a 2-D mesh."""
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
 
     for tied, moe in ((False, True), (True, False)):
         whole = {name: t.detach().clone() for name, t in gather.hf(tiny(tied, moe))}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,19 @@ DEADLINE = 5.0  # as in the script
 def test_every_other_rank_stops_with_a_typed_error(tmp_path, moments):
     root = str(Path(pyrlk.__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
+    child = subprocess.Popen(
         [sys.executable, SCRIPT, tmp_path, str(moments)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=290,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    seen = [json.loads(line) for line in done.stdout.splitlines()]
+    try:
+        out, errors = child.communicate(timeout=290)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    assert child.returncode == 0, errors
+    seen = [json.loads(line) for line in out.splitlines()]
     assert len(seen) == moments
     for one in seen:
         assert len(one["survivors"]) == 3
