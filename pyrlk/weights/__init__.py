@@ -4,8 +4,8 @@
     publisher = Publisher(Local(path))                 receiver = Receiver(model, path)
     publisher.update(model, version=1)   ── handle ──▶ receiver.poll()    # between two rollouts
 
-gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames)
-publisher · receiver · sglang
+gather (modules, whole or sharded → names) · layout (tensors → buckets) · memory (staging, handles)
+wire (frames) · publisher · receiver · sglang
 """
 
 from . import gather
@@ -19,6 +19,7 @@ from .errors import (
     MissingName,
     PeerLost,
     ProtocolError,
+    RanksDisagree,
     ShapeMismatch,
     StagingError,
     StaleVersion,
@@ -27,9 +28,11 @@ from .errors import (
     Unsupported,
     UpdateError,
 )
+from .local_session import Local
 from .memory import share
-from .publisher import EngineReport, Local, Publisher, UpdateReport
+from .publisher import Publisher
 from .receiver import Receiver
+from .report import EngineReport, UpdateReport
 from .sglang import SGLang
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "PeerLost",
     "ProtocolError",
     "Publisher",
+    "RanksDisagree",
     "Receiver",
     "SGLang",
     "ShapeMismatch",

@@ -18,12 +18,15 @@ class Kind:
     env: dict[str, str] = field(default_factory=dict)
 
 
+TP2 = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 KINDS = {
     "dense": Kind("dense"),
     "moe": Kind("moe", torch.bfloat16),
+    "moe-small": Kind("moe-small", torch.bfloat16),
+    "moe-small-tp2": Kind("moe-small", torch.bfloat16, ("--tp-size", "2"), TP2),
     "tied": Kind("tied"),
     "replica": Kind("dense"),
-    "tp2": Kind("dense", flags=("--tp-size", "2"), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}),
+    "tp2": Kind("dense", flags=("--tp-size", "2"), env=TP2),
 }
 
 
