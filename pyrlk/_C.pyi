@@ -145,7 +145,6 @@ def unpack(
     threads: int,
 ) -> list[int]: ...
 
-
 # forms: of each whole tensor offset, itemsize, ndim, parts, sizes, and behind it of each part
 # starts, sizes, strides in elements; addresses: of the parts.
 def assemble(

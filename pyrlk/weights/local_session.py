@@ -20,7 +20,7 @@ import torch
 
 from . import layout as layouts
 from . import memory, wire
-from .errors import ProtocolError, Unsupported, UpdateError
+from .errors import ProtocolError, StagingError, Unsupported, UpdateError
 from .packing import Plan
 from .report import Clock, Outcome
 from .session import Session, Target
@@ -57,7 +57,7 @@ class LocalSession:
     """A connection and the staging ring that the other side has opened."""
 
     def __init__(self, path: str, patience: float, timeout: float):
-        self._timeout = timeout
+        self._path, self._timeout = path, timeout
         self.channel = wire.connect(path, time.monotonic() + patience)
         self.settled = True  # nothing of a transaction is under way
         self.handed_over = False  # the receiver may have begun to copy
@@ -76,6 +76,7 @@ class LocalSession:
         except UpdateError:
             self.channel.close()
             raise
+        _free_abandoned(path)
 
     @property
     def boot(self) -> bytes:
@@ -99,7 +100,12 @@ class LocalSession:
         )
 
     def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+        self,
+        layout: layouts.Layout,
+        version: int,
+        partial: bool,
+        verify: wire.Verify,
+        selector: str,
     ) -> None:
         """Let the receiver judge the manifest; raises what it found."""
         if selector != "all":
@@ -235,16 +241,19 @@ class LocalSession:
 
     def close(self) -> None:
         """End politely: the receiver closes its handles first."""
-        if self.settled:
-            with contextlib.suppress(UpdateError):
-                cuda = self._device.type == "cuda"
-                if cuda:
-                    self._await_retired()
-                self._transaction += 1
-                self._send(Type.CLOSE)
-                if cuda:
-                    self._expect(Type.CLOSED)
-        self.abandon()
+        if not self.settled:
+            self.abandon()
+            return
+        with contextlib.suppress(UpdateError):
+            cuda = self._device.type == "cuda"
+            if cuda:
+                self._await_retired()
+            self._transaction += 1
+            self._send(Type.CLOSE)
+            if cuda:
+                self._expect(Type.CLOSED)
+        self.channel.close()
+        self._ring.close()
 
     def cancel(self) -> None:
         self.abandon()
@@ -254,11 +263,11 @@ class LocalSession:
         alive = self.channel.alive()
         self.channel.close()
         if alive and self._device.type == "cuda" and not self.settled:
-            # The receiver may still read: freeing now would be undefined. It is freed with the
-            # process.
-            _LEAKED.append(self._ring)
+            # The receiver may still read: freeing now would be undefined.
+            _OPEN.setdefault(self._path, []).append(self._ring)
             return
-        self._ring.close()
+        with contextlib.suppress(StagingError):  # there is a first error
+            self._ring.close()
 
     def _await_ack(self) -> None:
         ack = wire.Ack.decode(self._expect(Type.ACK).body)
@@ -280,4 +289,12 @@ class LocalSession:
         return wire.accept(frame, kind, self._transaction)
 
 
-_LEAKED: list[memory.Ring] = []
+# By path: memory that a receiver had open when its session broke.
+_OPEN: dict[str, list[memory.Ring]] = {}
+
+
+def _free_abandoned(path: str) -> None:
+    """A receiver that says WELCOME has no other session: what those had open, it has closed."""
+    for ring in _OPEN.pop(path, []):
+        with contextlib.suppress(StagingError):
+            ring.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import weakref
+from array import array
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from . import layout as layouts
 from . import memory
 from .errors import PeerLost, StaleVersion, Timeout, UpdateError
 from .ranks import Ranks
+from .references import References
 from .source import Sharded, Source, Work
 
 
@@ -29,7 +31,8 @@ class Plan(abc.ABC):
         self.segments: list[memory.Segment] = []  # the trainer's own, of buckets not staged
         self.failure: UpdateError | None = None  # ours, whichever engine it came up at
         self.same_sums = False  # ensure(): the weights must be those of the update before
-        self._sums: dict[int, list[int]] = {}  # of each bucket, as last filled with verify="copy"
+        self.references = References()
+        self._sums: dict[int, list[int]] = {}  # of each bucket, as last filled and summed
 
     @abc.abstractmethod
     def start(self, bucket: int, segment: memory.Segment, verify: bool) -> Work:
@@ -48,6 +51,13 @@ class Plan(abc.ABC):
             self.failure = StaleVersion("the weights have changed since that version: send another")
             raise self.failure
         self._sums[bucket] = sums
+
+    def content(self) -> bytes:
+        """Equal for two updates whose tensors were filled and summed to the same bytes."""
+        whole = hashlib.sha256(self.layout.digest)
+        for bucket in range(self.layout.staged):
+            whole.update(array("Q", self._sums[bucket]).tobytes())
+        return whole.digest()
 
     @abc.abstractmethod
     def forget_tensors(self) -> None:

@@ -24,6 +24,7 @@ from . import gather, wire
 from .errors import EngineDirty, PeerLost, Timeout, UpdateError
 from .packing import Plan, ShardedPlan, TensorPlan
 from .ranks import Ranks
+from .references import References
 from .report import Clock, EngineReport, UpdateReport
 from .session import Session, Target
 from .source import ModuleState, NamedTensors, Sharded, Source
@@ -45,9 +46,13 @@ class Publisher:
         Largest staging bucket; a larger tensor gets a bucket of its own.
     buffers : int
         Staging buckets in flight. An update of at most this many buckets is all or nothing.
-    verify : {"copy", "off"}
+    verify : {"copy", "off", "engine"}
         "copy": a 64-bit sum of every tensor is made while packing, checked by the receiver before
-        it copies, and again over what it copied. "off": neither.
+        it copies, and again over what it copied. "off": neither. "engine": "copy", and after the
+        last copy the engine is asked what it holds. A `Receiver` on a module sums the module's own
+        tensors. SGLang's /weights_checker hashes its fused tensors, which nobody can predict: they
+        are compared with those of the engine that took the same tensors first, so that weights sent
+        again (`ensure`) and all replicas of one layout must agree; the first is only remembered.
     timeout : float
         Seconds that any single wait may take.
     on_failure : {"isolate", "all"}
@@ -86,13 +91,14 @@ class Publisher:
             raise ValueError(f'on_failure must be "isolate" or "all", got {on_failure!r}')
         _check_int("bucket_bytes", bucket_bytes, 1, 1 << 46)
         _check_int("buffers", buffers, 1, wire.MAX_SLOTS)
-        if verify not in ("copy", "off"):
-            raise ValueError(f'verify must be "copy" or "off", got {verify!r}')
+        if verify not in ("copy", "off", "engine"):
+            raise ValueError(f'verify must be "copy", "off" or "engine", got {verify!r}')
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         self._bucket_bytes = bucket_bytes
         self._buffers = buffers
-        self._verify = verify == "copy"
+        self._verify = wire.Verify[verify.upper()]
+        self._references = References()
         self._timeout = float(timeout)
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -300,10 +306,14 @@ class Publisher:
         }
 
     def _plan_of(self, named_tensors: NamedTensors | Sharded, clock: Clock) -> Plan:
+        plan: Plan
         try:
             if isinstance(named_tensors, Sharded):
-                return self._sharded_plan(named_tensors)
-            return self._tensor_plan(named_tensors)
+                plan = self._sharded_plan(named_tensors)
+            else:
+                plan = self._tensor_plan(named_tensors)
+            plan.references = self._references
+            return plan
         finally:
             clock.lap("plan")
 
@@ -376,7 +386,8 @@ class Publisher:
                 entry.report = engine.send(plan, order, clock)
             return
         sessions: list[Any] = [engine.session for engine, _ in ready]
-        results = sessions[0].send_all(sessions, plan, order.verify, self._isolates, clock)
+        verify = bool(order.verify)
+        results = sessions[0].send_all(sessions, plan, verify, self._isolates, clock)
         for (engine, entry), result in zip(ready, results, strict=True):
             with self._isolating(entry, plan):
                 entry.report = engine.take(result, plan, order, clock.copy())
@@ -408,7 +419,7 @@ class _Order:
 
     version: int
     partial: bool
-    verify: bool
+    verify: wire.Verify
     selector: str
     buffers: int
 
@@ -455,7 +466,7 @@ class _Engine:
         session = self.session
         assert session is not None  # begin() comes first
         with self._dropping(session):
-            applied = session.send(plan, order.verify, clock)
+            applied = session.send(plan, bool(order.verify), clock)
         return self._updated(session, applied, plan, order, clock)
 
     def take(

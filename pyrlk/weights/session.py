@@ -28,7 +28,12 @@ class Session(Protocol):
     def alive(self) -> bool: ...
     def holds(self, version: int) -> bool: ...  # of those that this session brought
     def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+        self,
+        layout: layouts.Layout,
+        version: int,
+        partial: bool,
+        verify: wire.Verify,
+        selector: str,
     ) -> None: ...
     def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...

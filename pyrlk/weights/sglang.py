@@ -74,7 +74,7 @@ class SGLang(Target):
                 f"unchecked_names must be a bool, got {type(self.unchecked_names).__name__}"
             )
         if self.expect is not None:
-            manifest.learn(self.expect, "", unchecked=False, engine_checks=False)
+            manifest.learn(self.expect, (), unchecked=False, engine_checks=False)
         Server(self.url, self.api_key, 1.0)
 
     @property

@@ -91,8 +91,8 @@ class DistributedSession(ServerSession):
             self.group.name, names, dtypes, shapes, self._selector, version
         )
 
-    def finish(self) -> None:
-        self._finish()
+    def finish(self, plan: Plan) -> None:
+        self._finish(plan)
 
     def give_up(self, error: UpdateError) -> UpdateError:
         """Take the update back where nothing was handed over; `error` then says if it was."""
@@ -187,7 +187,7 @@ class Broadcast:
         clock.lap("hand-over")
         for session in list(self._active):
             try:
-                session.finish()
+                session.finish(self._plan)
                 session.result = wire.Applied(session.version, 0.0, 0.0)
             except UpdateError as error:
                 self._fail(session, error)

@@ -21,6 +21,7 @@ from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
 from .errors import EngineDirty, StagingError, StaleVersion, UpdateError
 from .packing import Plan
+from .references import state_after
 from .report import Clock, Outcome
 from .sglang_server import DIRTY, Info, Lock, Server
 
@@ -47,13 +48,16 @@ class ServerSession:
         self._server = server
         self._info = info
         self._lock = Lock(server.url)
-        self._manifest: manifest.Manifest | None = None
+        self._manifests: dict[str, manifest.Manifest] = {}  # by selector
         self._chosen: list[list[int]] = []
-        self._sent: tuple[layouts.Layout, bool, layouts.Layout] | None = None
+        self._sent: tuple[tuple, layouts.Layout] | None = None
         self._selector = "all"
         self._version = -1
         self._begun = False
         self._durable = True
+        self._asks = self._partial = False
+        self._state: bytes | None = None  # of the engine's weights, with verify="engine"
+        self._applied = ""  # the version that this session left
         self._previous: str | None = None  # the version before this update; None: dirty
 
     @property
@@ -72,9 +76,17 @@ class ServerSession:
             return False
 
     def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+        self,
+        layout: layouts.Layout,
+        version: int,
+        partial: bool,
+        verify: wire.Verify,
+        selector: str,
     ) -> None:
         """Check everything, then stop the engine and open its session."""
+        self._asks = verify is wire.Verify.ENGINE
+        if self._asks:
+            self._server.require_checker()
         info = self._server.info()
         if info.boot != self._info.boot:
             self._restarted(info)
@@ -91,8 +103,10 @@ class ServerSession:
             )
         if not dirty and current.isdecimal() and version <= int(current):
             raise StaleVersion(f"version {version} is not above {current}, which the server has")
+        if selector != self._selector or current != self._applied:
+            self._state = None  # what it was is not known, or of other models
+        self._selector, self._version, self._partial = selector, version, partial
         sent = self._select(layout, partial)
-        self._selector, self._version = selector, version
         self.settled = self.handed_over = self._begun = False
         self._previous = None if dirty else current
         with self._undoing(self._previous):
@@ -130,13 +144,28 @@ class ServerSession:
         self._server.close()
         self._lock.close()
 
-    def _finish(self) -> None:
+    def _finish(self, plan: Plan) -> None:
         """Every rank has the new weights: make the version visible and go on."""
         self._server.end()
+        if self._asks:
+            self._ask(plan)
         if self._durable:
             self._server.set_version(str(self._version))
         self._server.resume()
+        self._applied = str(self._version)
         self.settled = True
+
+    def _ask(self, plan: Plan) -> None:
+        """Whether the engine holds what the same tensors made of another one, or of itself."""
+        before, self._state = self._state, None
+        if self._partial and before is None:
+            return  # onto weights that we did not bring: nothing to compare with
+        before = before if self._partial else None
+        state = state_after(before, self._selector, plan.content())
+        layout = *self._info.layout, self._selector
+        found = self._server.checksums(self._selector)
+        plan.references.check(layout, state, self._server.url, found)
+        self._state = state
 
     @contextlib.contextmanager
     def _undoing(self, previous: str | None) -> Iterator[None]:
@@ -157,32 +186,39 @@ class ServerSession:
                 self.settled = True
             raise
 
-    def _opened(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+    def _opened(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: wire.Verify
+    ) -> None:
         """The engine's session is open; nothing has been copied."""
 
     def _restarted(self, info: Info) -> None:
         self._info = info
-        self._manifest = self._sent = None
+        self._sent = self._state = None
+        self._manifests.clear()
 
     def _select(self, layout: layouts.Layout, partial: bool) -> layouts.Layout:
         """The layout without the names that the engine need not hear of."""
-        if self._sent is None or self._sent[0] is not layout or self._sent[1] is not partial:
+        key = layout.digest, partial, self._selector
+        if self._sent is None or self._sent[0] != key:
             dtype = manifest.engine_dtype(self._info.dtype)
             self._chosen = self._names().select(layout, partial, dtype)
             keep = {i for part in self._chosen for i in part}
             entries = tuple(e for i, e in enumerate(layout.entries) if i in keep or not e.nbytes)
-            self._sent = layout, partial, layouts.Layout(entries, layout.buckets, layout.segments)
-        return self._sent[2]
+            self._sent = key, layouts.Layout(entries, layout.buckets, layout.segments)
+        return self._sent[1]
 
     def _names(self) -> manifest.Manifest:
-        if self._manifest is None:
-            self._manifest = manifest.learn(
+        if self._selector not in self._manifests:
+            info = self._info
+            draft = info.draft_path or info.model_path
+            paths = {"target": [info.model_path], "draft": [draft]}
+            self._manifests[self._selector] = manifest.learn(
                 self._settings.expect,
-                self._info.model_path,
+                paths.get(self._selector, [info.model_path, *([draft] if info.drafts else [])]),
                 unchecked=self._settings.unchecked_names,
                 engine_checks=self.engine_checks,
             )
-        return self._manifest
+        return self._manifests[self._selector]
 
 
 class BucketSession(ServerSession):
@@ -232,7 +268,7 @@ class BucketSession(ServerSession):
                 if request is not None:
                     request.result()
             clock.lap("hand-over")
-            self._finish()
+            self._finish(plan)
         clock.lap("finish")
         return wire.Applied(self._version, 0.0, 0.0)
 

@@ -99,6 +99,7 @@ class Parent:
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the next run imports faster
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [PYTHON, str(HERE / "serve.py")],

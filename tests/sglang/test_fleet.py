@@ -140,7 +140,8 @@ def test_tensor_pipeline_and_expert_parallel_ranks_publish(servers, name, tmp_pa
     server = servers(name)
     first = server.next_version()
     seeds = (1, 2, 0)  # the checkpoint on the disk is that of seed 0
-    updates = [[server.url, *case, first + i] for i, case in enumerate(zip(MODES, seeds, strict=True))]
+    cases = zip(MODES, seeds, strict=True)
+    updates = [[server.url, *case, first + i] for i, case in enumerate(cases)]
     with publishing(tmp_path, "megatron", "moe-small", "bfloat16", updates) as report:
         for _, mode, _, version in updates:
             assert report()["mode"] == mode

@@ -1,6 +1,8 @@
 """What a publisher sees of SGLang, in this process: its endpoints, its rules, and its workers.
 
-A worker is a model with load_weights; in plan mode each rank calls our loader, in its own thread.
+A worker is a model with load_weights, or a list of a target and its drafts; in plan mode each rank
+calls our loader, in its own thread, for one after the other. Pipeline stages come one after another
+and share the payloads.
 `calls` holds the steps in their order. `fail[path] = status` makes an endpoint fail.
 `lacks` names endpoints that an older server does not have.
 """
@@ -10,6 +12,8 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import datetime
+import hashlib
+import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,13 +32,13 @@ NO_SESSIONS = frozenset({"begin_weight_update", "end_weight_update"})
 
 
 class FakeSGLang:
-    def __init__(self, *workers: nn.Module, lacks=CURRENT, api_key=None, **info):
+    def __init__(self, *workers: nn.Module | list, lacks=CURRENT, api_key=None, **info):
         self.workers = workers
         self.lacks = lacks
         self.sessions = "begin_weight_update" not in lacks
         self.api_key = api_key
         self.info = {
-            "tp_size": len(workers),
+            "tp_size": len(workers) // info.get("pp_size", 1),
             "pp_size": 1,
             "dp_size": 1,
             "model_path": "",
@@ -75,7 +79,7 @@ class FakeSGLang:
         name = path.strip("/")
         if name in self.lacks:
             return 404, {"detail": "Not Found"}
-        if method == "GET":
+        if method != "POST":
             return 405, {"detail": "Method Not Allowed"}
         self.calls.append(name)
         if path in self.fail:
@@ -101,6 +105,16 @@ class FakeSGLang:
         self.calls[-1] += f" {self.version}"
         return 200, {"success": True}
 
+    def weights_checker(self, body):
+        assert body["action"] == "checksum"
+        ranks = []
+        for worker in self.workers:
+            runners = enumerate(self.runners(worker, body["selector"]))
+            tensors = [(f"{i}.{n}", t) for i, r in runners for n, t in r.named_parameters()]
+            hashes = {n: hashlib.sha256(repr(t.tolist()).encode()).hexdigest() for n, t in tensors}
+            ranks.append({"checksums": hashes})
+        return 200, {"success": True, "message": "Success.", "ranks": ranks}
+
     def begin_weight_update(self, body):
         if self.open:
             return 400, {"success": False, "message": "a session is already open; end it first"}
@@ -122,14 +136,14 @@ class FakeSGLang:
     def update_weights_from_tensor(self, body):
         payloads = body["serialized_named_tensors"]
         # The real one dies of this.
-        assert len(payloads) == len(self.workers), "wrong number of payloads"
+        assert len(payloads) == self.info["tp_size"], "wrong number of payloads"
         if not self.open and self.sessions:
             return 400, {"success": False, "message": "must run between begin and end"}
         assert body["flush_cache"] is False
         assert self.sessions or "selector" not in body
         threads = [
-            threading.Thread(target=self._work, args=(worker, payload, body["load_format"]))
-            for worker, payload in zip(self.workers, payloads, strict=True)
+            threading.Thread(target=self._work, args=(worker, payload, body))
+            for worker, payload in zip(self.workers, itertools.cycle(payloads), strict=False)
         ]
         for thread in threads:
             thread.start()
@@ -209,19 +223,26 @@ class FakeSGLang:
         with concurrent.futures.ThreadPoolExecutor(len(self.workers)) as threads:
             return list(threads.map(step, range(len(self.workers))))
 
-    def _work(self, worker, payload, load_format):
+    def _work(self, worker, payload, body):
         value = ForkingPickler.loads(base64.b64decode(payload))
-        if load_format == "flattened_bucket":
-            flat = value["flattened_tensor"]
-            worker.load_weights(
-                [
-                    (m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape))
-                    for m in value["metadata"]
-                ]
-            )
-        else:
-            assert load_format == LOADER
-            sglang_loader.load(worker, value)
+        for runner in self.runners(worker, body.get("selector", "all")):
+            if body["load_format"] == "flattened_bucket":
+                flat = value["flattened_tensor"]
+                runner.load_weights(
+                    [
+                        (m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape))
+                        for m in value["metadata"]
+                    ]
+                )
+            else:
+                assert body["load_format"] == LOADER
+                sglang_loader.load(runner, value)
+
+    @staticmethod
+    def runners(worker, selector):
+        """The models of a worker that a selector means."""
+        models = worker if isinstance(worker, list) else [worker]
+        return models[selector == "draft" : 1 if selector == "target" else None]
 
     def _handler(self):
         fake = self
@@ -245,7 +266,7 @@ class FakeSGLang:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = handle_any
+            do_GET = do_POST = do_OPTIONS = handle_any
 
             def log_message(self, *args):
                 pass
