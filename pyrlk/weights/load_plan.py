@@ -16,6 +16,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import mmap
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -464,13 +465,22 @@ class _Watch:
             del self._model.__dict__[self._name]
 
 
+_INLINE: set[int] = set()  # threads whose submissions run inline
+_PATCHING = threading.Lock()
+_SUBMIT = concurrent.futures.ThreadPoolExecutor.submit
+
+
 @contextlib.contextmanager
 def _inline_threads() -> Iterator[None]:
-    """A dispatch mode is its thread's own: what a loader hands to a pool runs here instead."""
-    pool = concurrent.futures.ThreadPoolExecutor
-    submit = pool.submit
+    """A dispatch mode is its thread's own: what a loader hands to a pool runs here instead.
 
-    def inline(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    Pools of other threads go on as they are, and two threads may be in here at once.
+    """
+    pool, thread = concurrent.futures.ThreadPoolExecutor, threading.get_ident()
+
+    def submit(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() not in _INLINE:
+            return _SUBMIT(self, fn, *args, **kwargs)
         future: concurrent.futures.Future = concurrent.futures.Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -478,11 +488,16 @@ def _inline_threads() -> Iterator[None]:
             future.set_exception(error)
         return future
 
-    pool.submit = inline  # type: ignore[method-assign]
+    with _PATCHING:
+        _INLINE.add(thread)
+        pool.submit = submit  # type: ignore[method-assign]
     try:
         yield
     finally:
-        pool.submit = submit  # type: ignore[method-assign]
+        with _PATCHING:
+            _INLINE.discard(thread)
+            if not _INLINE:
+                pool.submit = _SUBMIT  # type: ignore[method-assign]
 
 
 def _restore(tensors: Tensors, kept: dict[str, Tensor]) -> str:
