@@ -70,15 +70,16 @@ def share(tensor, dim, place):
 
 
 def build(whole, *, tensor=(0, 1), stage=(0, 1), expert=(0, 1), expert_tensor=(0, 1),
-          grouped=False, tied=False):  # fmt: skip
-    """One rank's stage. Each place is (rank, ranks)."""
+          grouped=False, tied=False, config=CONFIG):  # fmt: skip
+    """One rank's stage of a checkpoint. Each place is (rank, ranks)."""
     model = nn.Module()
-    model.config = CONFIG
+    model.config = config
     model.share_embeddings_and_output_weights = tied
-    padded = -(-VOCAB // (8 * tensor[1])) * 8 * tensor[1]
+    vocab = whole["model.embed_tokens.weight"].shape[0]
+    padded = -(-vocab // (8 * tensor[1])) * 8 * tensor[1]
 
     def head(name, source):
-        rows = torch.cat([source, torch.full((padded - VOCAB, HIDDEN), 7.0).to(source)])
+        rows = torch.cat([source, source.new_full((padded - vocab, source.shape[1]), 7.0)])
         put(model, name, share(rows, 0, tensor), 0)
 
     def mlp(at, source, place, weight=".weight"):
@@ -90,7 +91,8 @@ def build(whole, *, tensor=(0, 1), stage=(0, 1), expert=(0, 1), expert_tensor=(0
 
     if stage[0] == 0:
         head("embedding.word_embeddings.weight", whole["model.embed_tokens.weight"])
-    per_stage = LAYERS // stage[1]
+    layers = sum(name.endswith("input_layernorm.weight") for name in whole)
+    per_stage = layers // stage[1]
     model.decoder = nn.Module()
     model.decoder.layers = nn.ModuleList(
         [Layer(1 + stage[0] * per_stage + i) for i in range(per_stage)]
@@ -99,8 +101,10 @@ def build(whole, *, tensor=(0, 1), stage=(0, 1), expert=(0, 1), expert_tensor=(0
         at, layer = f"decoder.layers.{i}", stage[0] * per_stage + i
         source = f"model.layers.{layer}"
         for kind in ("weight", "bias"):
+            if f"{source}.self_attn.q_proj.{kind}" not in whole:
+                continue
             q, k, v = (whole[f"{source}.self_attn.{p}_proj.{kind}"] for p in "qkv")
-            groups = CONFIG.num_query_groups
+            groups = config.num_query_groups
             fused = [
                 torch.cat([qs, ks, vs])
                 for qs, ks, vs in zip(
@@ -118,13 +122,14 @@ def build(whole, *, tensor=(0, 1), stage=(0, 1), expert=(0, 1), expert_tensor=(0
             ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
         ):
             put(model, f"{at}.{name}", whole[f"{source}.{theirs}"])
-        if layer == 0:
+        if f"{source}.mlp.gate_proj.weight" in whole:
             mlp(f"{at}.mlp", f"{source}.mlp", tensor)
             continue
         put(model, f"{at}.mlp.router.weight", whole[f"{source}.mlp.gate.weight"])
-        put(model, f"{at}.mlp.router.expert_bias",
-            whole[f"{source}.mlp.gate.e_score_correction_bias"], buffer=True)  # fmt: skip
-        here = EXPERTS // expert[1]
+        bias = whole.get(f"{source}.mlp.gate.e_score_correction_bias")
+        if bias is not None:
+            put(model, f"{at}.mlp.router.expert_bias", bias, buffer=True)
+        here = whole[f"{source}.mlp.gate.weight"].shape[0] // expert[1]
         for e in range(here):
             theirs = f"{source}.mlp.experts.{expert[0] * here + e}"
             if grouped:
