@@ -94,6 +94,13 @@ def _cells(row: dict) -> list[list[str]]:
     if "mapping" in ms:
         stages = f"plan {ms['plan']}, check {ms['check']}, copy {ms['copy']} ms"
         return [[row["op"], shape, dtype, ms["module"], stages, "bit-exact"]]
+    if "per_tensor" in ms:
+        against = (
+            f"a collective a tensor takes {row['per_tensor_over_gather']:.1f}×; with an engine as "
+            f"slow as the network {row['overlapped_over_slowest_stage']:.2f}× the slowest stage"
+        )
+        name = f"{row['op']}, {row['ranks']} gloo ranks"
+        return [[name, shape, dtype, ms["gather"], against, "bit-exact"]]
     ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
     return [
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",

@@ -4,8 +4,8 @@
     publisher = Publisher(Local(path))                 receiver = Receiver(model, path)
     publisher.update(model, version=1)   ── handle ──▶ receiver.poll()    # between two rollouts
 
-gather (module → names) · layout (tensors → buckets) · memory (staging, handles) · wire (frames)
-publisher · receiver · sglang
+gather (modules, whole or sharded → names) · layout (tensors → buckets) · memory (staging, handles)
+wire (frames) · publisher · receiver · sglang
 """
 
 from . import gather

@@ -140,7 +140,7 @@ class Source(Table):
     def _check(self) -> None:
         for name, tensor in zip(self.names, self.tensors, strict=True):
             if hasattr(tensor, "full_tensor"):
-                raise Unsupported(f"{name!r} is a DTensor: pass tensor.full_tensor()")
+                raise Unsupported(f"{name!r} is a DTensor: pass weights.gather.dtensor(module)")
             if tensor.layout is not torch.strided or tensor.device.type == "meta":
                 kind = "meta" if tensor.device.type == "meta" else str(tensor.layout)
                 raise Unsupported(f"{name!r} is a {kind} tensor: pass a dense one with data")
@@ -203,6 +203,7 @@ class Sharded(abc.ABC):
     """
 
     group: dist.ProcessGroup | None
+    timeout: float  # of `start` with bucket 0, which may have something to agree on; to be set
 
     @abc.abstractmethod
     def specs(self) -> list[layouts.Spec]:
@@ -217,7 +218,7 @@ class Sharded(abc.ABC):
         *,
         checksum: bool = True,
     ) -> Work:
-        """Begin the one collective of a bucket.
+        """Begin the one collective of a bucket. Bucket 0 begins an update.
 
         Parameters
         ----------
@@ -225,10 +226,16 @@ class Sharded(abc.ABC):
             Of `specs()`.
         bucket : int
         out : Segment, flat uint8 tensor, or None
-            This rank's memory for the bucket, None where it only contributes. Which ranks have one
-            stays the same from bucket to bucket and from update to update of one layout.
+            This rank's memory for the bucket, None where it only contributes: for all buckets of an
+            update alike.
         checksum : bool
             Sum each tensor on its way into `out`.
+
+        Raises
+        ------
+        TypeError, ValueError, UpdateError
+            What one rank finds wrong at the begin of an update is an error on all of them, and the
+            next update may begin. PeerLost and Timeout are for good.
         """
 
 

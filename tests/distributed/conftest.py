@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ import pyrlk
 
 
 def pytest_generate_tests(metafunc):
+    if "said" in metafunc.fixturenames:
+        ranks = getattr(metafunc.module, "RANKS", (2, 4))
+        names = [f"{count}-ranks" for count in ranks]
+        metafunc.parametrize("said", ranks, indirect=True, scope="module", ids=names)
     if "check" in metafunc.fixturenames:
         body = ast.parse(metafunc.module.SCRIPT.read_text()).body
         functions = [f for f in body if isinstance(f, ast.FunctionDef)]
@@ -28,29 +33,24 @@ def pytest_generate_tests(metafunc):
         )
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
+@pytest.fixture(scope="module")
 def said(request, tmp_path_factory):
     """What each rank said of each check; the ranks are started once for all of them."""
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
     root = str(Path(pyrlk.__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    script = request.module.SCRIPT
-    children = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(ranks), folder / "meet", folder / "said"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, request.module.SCRIPT, str(ranks), folder / "meet", folder / "said"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
+        output = child.communicate(timeout=280)[0]
     finally:
-        for child in children:
-            child.kill()
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output
+    assert child.returncode == 0, output
     return [json.loads((folder / f"said.{rank}").read_text()) for rank in range(ranks)]
 
 

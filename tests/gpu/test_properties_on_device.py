@@ -56,8 +56,9 @@ def assert_near(got, want, dtype):
 def test_loss_and_gradient_equal_float64(batch, dtype, spread):
     logits, tokens, _, advantages = batch
     logits = (logits * spread).to(dtype)
-    own = reference.token_logprobs(logits.double(), tokens)
-    options = {"temperature": torch.rand(2, 3) + 0.5, "entropy_coef": 0.02, "kl_coef": 0.1}
+    tau = torch.rand(2, 3) + 0.5
+    own = reference.token_logprobs(logits.double(), tokens, temperature=tau.double())
+    options = {"temperature": tau, "entropy_coef": 0.02, "kl_coef": 0.1}
     options["ref_logprobs"] = (own + 0.1).float()
     old = (own + 0.05).float()
     got = gradient(logits, tokens, old, advantages, **options)

@@ -128,7 +128,8 @@ class _Module:
 
 
 def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
+    """What `to_local` gives, without its view: thousands of them take longer than small weights."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def intervals_of(name: str, tensor: Any) -> list[list[Interval]]:

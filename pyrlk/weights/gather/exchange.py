@@ -14,11 +14,14 @@ of an update the digest of the layout, who receives, and an error that keeps all
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import itertools
 import json
 import math
 import struct
+import time
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -41,6 +44,7 @@ _IN_FLIGHT = 2
 _LENGTH = struct.Struct("<Q")
 _TEXT = 512  # of an error that is told to the other ranks
 _PLANS = 8
+_STAGES = ("pack", "wait", "assemble")
 # Renamed in torch 2.13.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -54,6 +58,11 @@ class Gathered(Sharded):
         None where one process holds everything.
     rank, ranks : int
         This one's place in the group, and how many there are.
+    timeout : float
+        Seconds for a collective beside those of the buckets; may be set.
+    seconds : dict
+        Of the last update by stage: "pack", "wait" (for a collective) and "assemble". What ran
+        while this process did something else is not in it.
     """
 
     def __init__(
@@ -72,14 +81,16 @@ class Gathered(Sharded):
             raise ValueError("group: this process is not one of its ranks")
         self._shards = shards
         self._wanted_by = wanted_by
-        self._timeout = timeout
+        self.timeout = timeout
         self._own: dict[tuple[str, Box], Own] = {}
         self._local: Table | None = None  # of this update
         self._noted = Table({})
         self._plans: dict[tuple[bytes, frozenset[int]], _Plan] = {}
         self._plan: _Plan | None = None  # of this update
+        self._layouts: dict[int, layouts.Layout] = {}
         self._buffers: list[_Buffers] = []
         self._failure: UpdateError | None = None
+        self.seconds = dict.fromkeys(_STAGES, 0.0)
         self._wholes, self.device = self._meet()
 
     def specs(self) -> list[layouts.Spec]:
@@ -88,6 +99,12 @@ class Gathered(Sharded):
             layouts.Spec(w.name, w.shape, w.dtype, None if w.alias is None else index[w.alias])
             for w in self._wholes.values()
         ]
+
+    def layout(self, bucket_bytes: int) -> layouts.Layout:
+        """The layout of `specs()` in buckets of at most so many bytes."""
+        if bucket_bytes not in self._layouts:
+            self._layouts = {bucket_bytes: layouts.plan(self.specs(), bucket_bytes)}
+        return self._layouts[bucket_bytes]
 
     def peak_bytes(
         self, bucket_bytes: int, *, receivers: Collection[int] | None = None, buffers: int = 2
@@ -101,7 +118,7 @@ class Gathered(Sharded):
         receivers : collection of int, optional
             Ranks with bucket memory; all of them by default.
         """
-        layout = layouts.plan(self.specs(), bucket_bytes)
+        layout = self.layout(bucket_bytes)
         ranks = frozenset(range(self.ranks) if receivers is None else receivers)
         plan = _Plan(layout, self._moves(layout, ranks), self, self.rank in ranks)
         return plan.exchange_bytes + (layout.peak_bytes(buffers) if self.rank in ranks else 0)
@@ -129,6 +146,7 @@ class Gathered(Sharded):
         """An update: every rank says how it takes part, so that all of them go on, or none."""
         self._drain()
         self._local = self._plan = None
+        self.seconds = dict.fromkeys(_STAGES, 0.0)
         failure: Exception | None = None
         try:
             if layout.staged < len(layout.buckets):
@@ -172,7 +190,7 @@ class Gathered(Sharded):
         return frozenset(rank for rank, one in enumerate(said) if one[digest])
 
     def stream(
-        self, bucket_bytes: int = 512 << 20, *, receive: bool = True, timeout: float = 30.0
+        self, bucket_bytes: int = 512 << 20, *, receive: bool = True
     ) -> Iterator[dict[str, Tensor]]:
         """Gather without a publisher: the tensors of one bucket after another.
 
@@ -184,10 +202,8 @@ class Gathered(Sharded):
         bucket_bytes : int
         receive : bool
             False where the rank only contributes; it is given empty mappings.
-        timeout : float
-            Seconds for a bucket.
         """
-        layout = layouts.plan(self.specs(), bucket_bytes)
+        layout = self.layout(bucket_bytes)
         count = min(_IN_FLIGHT, len(layout.buckets)) if receive else 0
         outs = [
             torch.empty(layout.slot_bytes, dtype=torch.uint8, device=self.device)
@@ -203,7 +219,7 @@ class Gathered(Sharded):
         for bucket, members in enumerate(layout.members):
             if bucket + 1 < len(layout.buckets):
                 works[bucket + 1] = start(bucket + 1)
-            works.pop(bucket).wait(timeout)
+            works.pop(bucket).wait(self.timeout)
             tensors = {}
             if receive:
                 flat = outs[bucket % _IN_FLIGHT]
@@ -267,9 +283,10 @@ class Gathered(Sharded):
         every = torch.empty(self.ranks * nbytes, dtype=torch.uint8, device=device)
         self.complete(
             lambda: _all_gather_single(every, mine, self.group, async_op=True),
-            self._timeout,
+            self.timeout,
         )
-        return [bytes(row.tolist()) for row in every.view(self.ranks, nbytes).cpu()]
+        rows = every.view(self.ranks, nbytes).cpu()
+        return [ctypes.string_at(row.data_ptr(), nbytes) for row in rows]
 
     def _device(self, kind: str) -> torch.device:
         return (
@@ -355,6 +372,12 @@ class Gathered(Sharded):
         free.fit(plan, self.device)
         return free
 
+    @contextlib.contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - begin
+
     def forget_tensors(self) -> None:
         """Between updates no tensor of the trainer is kept alive."""
         self._local = None
@@ -363,7 +386,7 @@ class Gathered(Sharded):
         """Await what an update that broke off has left in flight."""
         for buffers in self._buffers:
             if buffers.work is not None:
-                buffers.work.drop(self._timeout)
+                buffers.work.drop(self.timeout)
 
     def _check_usable(self) -> None:
         if self._failure is not None:
@@ -383,7 +406,7 @@ class Gathered(Sharded):
             raise self._failure from error
 
     def _typed(self, error: RuntimeError, timeout: float) -> UpdateError:
-        text = str(error).splitlines()[0][:200]
+        text = str(error).partition(". This is typically")[0].partition("\n")[0][:200]
         if "timeout" in text.lower() or "timed out" in text.lower():
             return Timeout(
                 f"gather: some rank of the group of {self.ranks} did not take part within "
@@ -514,7 +537,8 @@ class _Bucket(Work):
         step = self._step
         send = self._buffers.send[: sum(step.send_splits)]
         self._receive = self._buffers.receive[: sum(step.receive_splits)]
-        self._pack(send)
+        with owner.clock("pack"):
+            self._pack(send)
 
         def begin() -> None:
             self._handle = dist.all_to_all_single(
@@ -526,8 +550,9 @@ class _Bucket(Work):
 
     def wait(self, timeout: float) -> list[int] | None:
         if not self._done:
-            self._owner.complete(lambda: self._handle, timeout)
-            with torch.no_grad():
+            with self._owner.clock("wait"):
+                self._owner.complete(lambda: self._handle, timeout)
+            with self._owner.clock("assemble"), torch.no_grad():
                 self._assemble()
             self._finish()
             if self._last:
@@ -545,7 +570,7 @@ class _Bucket(Work):
 
     def _pack(self, send: Tensor) -> None:
         step, owner = self._step, self._owner
-        if send.device.type == "cpu":
+        if _on_host(send):
             addresses = array("Q", owner.addresses(step.send_keys, step.send_offsets))
             threads = torch.get_num_threads()
             _C.pack(send.data_ptr(), send.numel(), step.send_forms, addresses, False, threads)
@@ -559,7 +584,7 @@ class _Bucket(Work):
         if self._out is None:
             return
         step, out = self._step, self._out
-        if out.device.type == "cpu" and self._owner.device.type == "cpu":
+        if _on_host(out) and self._owner.device.type == "cpu":
             sums = self._assemble_on_host(out)
         else:
             sums = self._assemble_by_torch(out)
@@ -595,6 +620,11 @@ class _Bucket(Work):
                 else:
                     place.copy_(self._owner.part(source))
         return memory.sums_of(out, step.ranges) if self._checksum else []
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether the C++ side can reach it; torch copies what lies on a GPU, a part at a time."""
+    return tensor.device.type == "cpu"
 
 
 def _flat(out: memory.Segment | Tensor | None, nbytes: int) -> Tensor | None:

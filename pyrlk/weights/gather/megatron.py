@@ -19,6 +19,7 @@ transformer/transformer_layer.py (layer_number). Nothing of it is imported.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,13 +178,17 @@ class Rule:
     dim: int | None = None
 
     def match(self, name: str) -> dict[str, int] | None:
-        form = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(self.pattern))
-        found = re.fullmatch(form, name)
+        found = _form(self.pattern).fullmatch(name)
         return None if found is None else {k: int(v) for k, v in found.groupdict().items()}
 
     def targets(self, words: dict[str, int]) -> list[str]:
         names = (self.names,) if isinstance(self.names, str) else self.names
         return [name.format(**words) for name in names]
+
+
+@functools.cache
+def _form(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(pattern)))
 
 
 def _gated(here: str, there: str, weight: str = ".weight") -> list[Rule]:
