@@ -6,12 +6,9 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import UpdateError, heard, said
-
-if TYPE_CHECKING:
-    from .session import Target
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class UpdateReport:
         }
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any], targets: Sequence[Target]) -> UpdateReport:
+    def from_json(cls, raw: dict[str, Any], targets: Sequence[Any]) -> UpdateReport:
         engines = [
             EngineReport(
                 next(target for target in targets if target.address == entry["target"]),
@@ -105,7 +102,7 @@ class UpdateReport:
 class EngineReport:
     """One of several engines: `report` if it has the new version, else `error` says why not."""
 
-    target: Target
+    target: Any  # Local or SGLang
     report: UpdateReport | None = None
     error: UpdateError | None = None
 

@@ -23,6 +23,7 @@ TESTS = (
     "scorers_bits",
     "forbidden_tokens",
     "beyond_the_buffer",
+    "what_the_cpu_packs",
 )
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 MISSING = (

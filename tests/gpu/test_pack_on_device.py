@@ -1,7 +1,11 @@
-"""The pack kernel on a device: bytes and sums of the C++ packer, one launch, strided and odd."""
+"""The pack kernel on a device: bytes and sums of the C++ packer, one launch, strided and odd.
+
+Memory of the driver has no dry run; tests/triton_kernels/interpreted/test_pack.py has the kernel.
+"""
 
 import pytest
 import torch
+from dry_device import DRY
 
 pytest.importorskip("triton")
 
@@ -9,7 +13,7 @@ from pyrlk.weights import memory
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(DRY or not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
 

@@ -216,7 +216,7 @@ STATES = [
     State.COPIED,
     State.APPLIED,
 ]
-SLACK = 2.0  # seconds that a busy machine may add to a deadline
+SLACK = 4.0  # seconds that a busy machine may add to a deadline
 
 
 class Bench:
@@ -424,8 +424,10 @@ def test_a_version_is_stale(bench, times, version):
 
 def test_a_version_is_skipped(bench, times):
     for _ in times:
+        begin = time.perf_counter()
         bench.version += 1000
         bench.good_update()
+        bench.seconds.append(time.perf_counter() - begin)
 
 
 @pytest.mark.parametrize("kind", [Type.HELLO, Type.BEGIN, Type.SEGMENT, Type.BUCKET, Type.CLOSE])
