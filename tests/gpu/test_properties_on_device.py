@@ -65,9 +65,8 @@ def test_loss_and_gradient_equal_float64(batch, dtype, spread):
     want = truth(logits, tokens, old, advantages, **options)
     # A log-prob of large logits is itself large, and rounded as such before the ratio.
     torch.testing.assert_close(got[0].double(), want[0], atol=2e-6 * max(1, spread), rtol=1e-5)
-    assert (got[1].double() - want[1]).norm() <= 2 * max(1, spread) * BOUND[dtype] * want[
-        1
-    ].norm() + 1e-6
+    bound = 2 * max(1, spread) * BOUND[dtype]
+    assert (got[1].double() - want[1]).norm() <= bound * want[1].norm() + 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
