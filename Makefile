@@ -1,11 +1,11 @@
-# demo · test · test-slow · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
+# demo · demo-distributed · test · test-slow · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo test test-slow test-sglang test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
+.PHONY: setup build demo demo-distributed test test-slow test-sglang test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -21,6 +21,12 @@ build: $(READY)
 
 demo: build
 	$(BIN)/pyrlk demo $(ARGS)
+
+# The same run by FSDP2, with one engine; each rank sets its own number of threads.
+RANKS ?= 2
+demo-distributed: build
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) \
+	  -m pyrlk.cli demo --name distributed $(ARGS)
 
 test: build
 	$(BIN)/pytest tests -m "not gpu and not peers and not slow and not endurance" $(ARGS)

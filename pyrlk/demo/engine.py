@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyrlk import weights
 
@@ -71,8 +71,8 @@ class Engine:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def sync(self, model: nn.Module, version: int) -> weights.UpdateReport:
-        """Give the engine the weights of `model` under the number `version`."""
+    def sync(self, model: nn.Module | dict[str, Tensor], version: int) -> weights.UpdateReport:
+        """Give the engine the weights of `model`, or its tensors, under the number `version`."""
         self._wait_until_ready()
         self._send(Sync(version))
         try:
