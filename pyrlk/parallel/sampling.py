@@ -79,7 +79,7 @@ def sample(
     tied = (key == kept.cut[:, None]) & (key < _NO_KEY)
     each = masses(_logit(kept.cut), m, c)
     here = [below.sum(1), torch.where(below, mass, 0).sum(1), tied.sum(1), whole]
-    counts, sums, ties, totals = _gathered(torch.stack(here), group).unbind(1)
+    counts, sums, ties, totals = _vocab.gathered(torch.stack(here), group).unbind(1)
     taken = (kept.ties - _before(ties)).clamp(min=0).minimum(ties)
     counts, sums = counts + taken, sums + taken * each
     rank = dist.get_rank(group)
@@ -351,13 +351,6 @@ def _high_product(limbs: list[Tensor], total: Tensor) -> Tensor:
     return high | carry << 48
 
 
-def _gathered(x: Tensor, group) -> Tensor:
-    """[ranks, …], in rank order."""
-    out = x.new_empty((dist.get_world_size(group), *x.shape))
-    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
-    return out
-
-
 def _before(x: Tensor) -> Tensor:
     """The sum over the ranks before each."""
     return x.cumsum(0) - x
@@ -368,7 +361,7 @@ def _support(mine: Tensor, counts: Tensor, group) -> Support:
     sizes = counts.sum(1)
     padded = mine.new_zeros(int(sizes.max()))
     padded[: mine.numel()] = mine
-    every = _gathered(padded, group)
+    every = _vocab.gathered(padded, group)
     offsets = torch.nn.functional.pad(counts.sum(0).cumsum(0), (1, 0))
     ids = mine.new_empty(int(offsets[-1]))
     for r, part in enumerate(every):

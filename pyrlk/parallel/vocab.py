@@ -152,7 +152,7 @@ def score(
         _support.check_values(at.kept, at.vocab or (1 << 31) - 1)
 
     def fill(first: int, out: Tensor) -> None:
-        _statistics(local, columns(at, first, width), out)
+        statistics_of(local, columns(at, first, width), out)
 
     parts, layout, wrong = meet(fill, "tokens", at.tokens, at.vocab, shard, width, like)
     at = at._replace(vocab=at.vocab or layout.total)
@@ -161,7 +161,7 @@ def score(
     else:
         wrong = wrong | wrong_tokens(at.tokens, at.kept, at.vocab)
     tau, c = _temperature(at, like)
-    m, s, e, z = _combine(parts.double(), c)
+    m, s, e, z = combine(parts.double(), c)
     s = torch.where((m == -math.inf) if wrong is None else (m == -math.inf) | wrong, math.nan, s)
     ignored = at.tokens == -100
     logprob = torch.where(ignored, 0, (z - m) / tau - s.log())
@@ -218,6 +218,13 @@ def meet(
     return parts, layout, ~_agree(headers) if like.is_cuda else None
 
 
+def gathered(x: Tensor, group: Any) -> Tensor:
+    """[ranks, …], in rank order."""
+    out = x.new_empty((dist.get_world_size(group), *x.shape))
+    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
+    return out
+
+
 def process_group(shard: Shard) -> Any:
     name: Any = shard.group
     return dist.distributed_c10d._resolve_process_group(name)
@@ -261,7 +268,7 @@ def _agree(headers: Tensor) -> Tensor:
     return (firsts == widths.cumsum(0) - widths).all() & (common == common[0]).all()
 
 
-def _statistics(local, at: Actions, out: Tensor) -> None:
+def statistics_of(local, at: Actions, out: Tensor) -> None:
     """Writes (m, s, E, z_a) of this rank's columns; (−inf, 0, 0, −inf) where it has none."""
     if at.vocab == 0:
         out.fill_(-math.inf)[:, 1:3] = 0
@@ -294,15 +301,16 @@ def _temperature(at: Actions, like: Tensor) -> tuple[Tensor, Tensor]:
     return tau.double(), c.double()
 
 
-def _combine(parts: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def combine(parts: Tensor, c: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(m, s, E, z_a) of whole rows from those of the shards [ranks, T, 4]."""
     ms, sums, energies, zs = parts.unbind(-1)
     m = ms.amax(0)
     shift = ((ms - m) * c).clamp(min=-1100.0)  # 2^−1100 is 0, and so is its product with y
     weight = torch.where(sums == 0, 0, shift.exp2())
     shift = torch.where(sums == 0, 0, shift)
-    return m, _in_order(weight * sums), _in_order(weight * (energies + shift * sums)), zs.amax(0)
+    return m, in_order(weight * sums), in_order(weight * (energies + shift * sums)), zs.amax(0)
 
 
-def _in_order(x: Tensor) -> Tensor:
+def in_order(x: Tensor) -> Tensor:
+    """Σ over the ranks, in their order."""
     return functools.reduce(torch.add, x.unbind(0))

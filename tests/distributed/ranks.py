@@ -287,6 +287,104 @@ def linear_scores_and_losses_equal_the_unsharded_ones():
                 same_on_all_ranks(group, *got, share[0].grad)
 
 
+def mtp(case, hidden, weight, group, kind, **options):
+    """The loss, its by-products, and backward."""
+    teacher = case.hidden.flip(0) if kind == "tv" else None
+    cu_seqlens = torch.tensor([0, 9, 10, T])
+    loss, stats = pyrlk.mtp_loss(
+        hidden, weight, case.tokens, mask=case.mask, cu_seqlens=cu_seqlens, kind=kind,
+        teacher_hidden=teacher, detach_weight=False, group=group, return_stats=True, **options,
+    )  # fmt: skip
+    loss.backward()
+    return loss.detach(), *stats
+
+
+@check
+def the_loss_of_a_draft_head_equals_the_unsharded_one():
+    """Both kinds, chunks, packed sequences, a mask, a token at the edge of a shard."""
+    for group in groups():
+        for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+            case = Case(group, dtype=dtype)
+            case.tokens[4], case.tokens[13] = case.widths[0] - 1, case.widths[0]
+            for kind in ("ce", "tv"):
+                for options in ({}, {"depth": 2, "chunk": 5}):
+                    x, w = leaf(case.hidden), leaf(case.weight)
+                    y, v = leaf(case.hidden), leaf(case.mine(case.weight, 0))
+                    wanted, *counts = mtp(case, x, w, None, kind, **options)
+                    got, *same = mtp(case, y, v, group, kind, **options)
+                    near(got, wanted, bound, kind)
+                    assert same == counts
+                    near_gradient(y.grad, x.grad, 2 * bound, x.grad)
+                    near_gradient(v.grad, w.grad[case.columns], 2 * bound, w.grad)
+                    same_on_all_ranks(group, got, *same, y.grad)
+                    z, u = leaf(case.hidden), leaf(case.mine(case.weight, 0))
+                    assert torch.equal(mtp(case, z, u, group, kind, **options)[0], got)
+                    assert torch.equal(z.grad, y.grad)
+                    assert torch.equal(u.grad, v.grad)
+
+
+@check
+def equal_logits_of_two_ranks_count_as_argmax_has_them():
+    """The first of the largest: the last rank repeats the first one's rows of the weight."""
+    case = Case(dist.group.WORLD, dtype=torch.bfloat16)
+    twins = case.weight.clone()
+    twins[-100:] = twins[:100]
+    best = (case.hidden @ twins.t()).argmax(-1)
+    assert (best < 100).any()
+    for shift in (0, V - 100):
+        case.tokens[1:] = torch.where(best < 100, best + shift, best)[:-1]
+        case.mask[:] = True
+        options = {"mask": case.mask, "depth": 1, "return_stats": True}
+        tokens = case.tokens.roll(1)
+        whole = pyrlk.mtp_loss(case.hidden, twins, tokens, **options)[1]
+        mine = case.mine(twins, 0)
+        assert pyrlk.mtp_loss(case.hidden, mine, tokens, group=case.group, **options)[1] == whole
+        assert (whole.matches == whole.tokens) == (shift == 0)
+
+
+@check
+def collectives_of_a_draft_head():
+    """ "ce" meets once; "tv" needs the sums of whole rows before it knows which is larger."""
+    case = Case(dist.group.WORLD)
+    gather, reduce = "c10d::allgather_", "c10d::allreduce_"
+
+    def run(hidden, kind):
+        teacher = case.hidden if kind == "tv" else None
+        options = {"kind": kind, "teacher_hidden": teacher, "group": case.group, "chunk": 5}
+        loss = pyrlk.mtp_loss(
+            hidden, leaf(case.mine(case.weight, 0)), case.tokens, detach_weight=False,
+            return_stats=True, **options,
+        )[0]  # fmt: skip
+        loss.backward()
+
+    run(case.hidden, "ce")
+    for kind, gathers in (("ce", 1), ("tv", 2)):
+        assert collectives(lambda k=kind: run(case.hidden, k)) == [gather] * gathers
+        seen = collectives(lambda k=kind: run(leaf(case.hidden), k))
+        assert seen == [gather] * gathers + [reduce]
+
+
+@check
+def a_draft_head_names_what_is_wrong():
+    case = Case(dist.group.WORLD)
+    call = {
+        "hidden": case.hidden, "weight": case.mine(case.weight, 0), "tokens": case.tokens,
+        "group": case.group,
+    }  # fmt: skip
+    far = case.tokens.index_fill(0, torch.tensor([8]), V)
+    raises(
+        ValueError, f"tokens[8] = {V} is outside [0, {V})", pyrlk.mtp_loss, **call | {"tokens": far}
+    )
+    other = case.tokens.index_fill(0, torch.tensor([8]), dist.get_rank())
+    raises(
+        ValueError, "tokens must be the same on every rank", pyrlk.mtp_loss,
+        **call | {"tokens": other},
+    )  # fmt: skip
+    raises(TypeError, "group must be", pyrlk.mtp_loss, **call | {"group": 1})
+    none = torch.full((T,), -100)
+    assert pyrlk.mtp_loss(**call | {"tokens": none}) == 0
+
+
 @check
 def main_grad_of_a_sharded_weight_is_added_to():
     case = Case(dist.group.WORLD)
