@@ -235,80 +235,120 @@ inline void select(const float* z, int64_t n, float bound, int parts, Scratch& s
   s.ids.resize(total);
 }
 
-// The kept set, ascending: ids into s.ids, logits into s.kept_logits, masses into s.masses; z is
-// the row in float32 without +inf.
-inline void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts,
-                 Scratch& s) {
-  const RowKernels& ops = row_kernels();
-  const int64_t groups = int64_t(s.group_max.size());
-  const double tau = p.temperature;
-  const bool top_k = p.top_k > 0 && p.top_k < n, top_p = p.top_p < 1.0f, min_p = p.min_p > 0.0f;
-  const bool pool_is_top_k = top_k && !p.joint;
-  const double floor = min_p ? m + tau * std::log(double(p.min_p)) : -double(kInfinity);
+// Which filters act on a row of n with the maximum m, and the logit of min-p.
+struct Filters {
+  bool top_k, top_p, min_p, pool_is_top_k;  // top-p is of the mass that top-k left
+  double floor;
+
+  Filters(const Params& p, int64_t n, float m)
+      : top_k(p.top_k > 0 && p.top_k < n),
+        top_p(p.top_p < 1.0f),
+        min_p(p.min_p > 0.0f),
+        pool_is_top_k(top_k && !p.joint),
+        floor(min_p ? m + double(p.temperature) * std::log(double(p.min_p)) : -double(kInfinity)) {}
+
+  bool any() const { return top_k || top_p || min_p; }
+  // Does the last kept token depend on the mass of the whole row?
+  bool weighs_row() const { return top_p && !pool_is_top_k; }
+};
+
+// A bound on the logits of the kept set of a row of n, from the maxima of its groups.
+inline float candidate_bound(const Filters& f, const Params& p, int64_t n, float m, Scratch& s) {
   float bound = -std::numeric_limits<float>::max();
-  if (top_k && p.top_k <= groups) {  // k groups have a maximum ≥ the k-th largest of the maxima
+  if (f.top_k && p.top_k <= int64_t(s.group_max.size())) {
+    // k groups have a maximum ≥ the k-th largest of the maxima
     s.sorted_max = s.group_max;
     std::nth_element(s.sorted_max.begin(), s.sorted_max.begin() + (p.top_k - 1), s.sorted_max.end(),
                      std::greater<float>());
     bound = std::max(bound, s.sorted_max[p.top_k - 1]);
   }
-  if (top_p && !pool_is_top_k) {
+  if (f.weighs_row()) {
     const double tail = std::min(30.6, std::log(double(n) / (1.0 - double(p.top_p))) + 1e-4);
-    bound = std::max(bound, round_down(m - tau * tail));
+    bound = std::max(bound, round_down(m - double(p.temperature) * tail));
   }
-  if (min_p && !(top_p && pool_is_top_k)) bound = std::max(bound, round_down(floor));
-  select(z, n, bound, parts, s);
+  if (f.min_p && !(f.top_p && f.pool_is_top_k)) bound = std::max(bound, round_down(f.floor));
+  return bound;
+}
 
+// The logits of s.ids.
+inline void take_logits(const float* z, Scratch& s) {
   const int64_t count = int64_t(s.ids.size());
   s.kept_logits.resize(count);
-  int32_t* ids = s.ids.data();
-  float* logits = s.kept_logits.data();
-  for (int64_t i = 0; i < count; ++i) logits[i] = z[ids[i]];
-  s.masses.resize(count);
-  in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
-    ops.masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
-  });
-  if (!top_k && !top_p && !min_p) return;
+  for (int64_t i = 0; i < count; ++i) s.kept_logits[i] = z[s.ids[i]];
+}
 
+inline void take_keys(Scratch& s) {
+  const int64_t count = int64_t(s.ids.size());
   s.keys.resize(count);
-  uint32_t* keys = s.keys.data();
-  uint64_t* masses = s.masses.data();
-  for (int64_t i = 0; i < count; ++i) keys[i] = order_key(logits[i]);
-  Prefix kept;
-  if (top_k && count > p.top_k) {
-    kept = shortest_prefix(s.keys.data(), nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
-  }
-  if (top_p) {
-    uint64_t total = 0;
-    if (pool_is_top_k || count == n) {
-      const Prefix pool = pool_is_top_k ? kept : Prefix{};
-      total = mass_of(pool, s.keys.data(), s.masses.data(), count);
-    } else {
-      s.tiles.resize(tile_count(n));
-      in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
-        ops.tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
-      });
-      total = std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
-    }
-    kept = shorter(kept, shortest_prefix(s.keys.data(), s.masses.data(), count,
-                                         needed_mass(p.top_p, total), p.keep_ties, s));
-  }
-  if (min_p) kept = shorter(kept, {order_key(round_up(floor)), Prefix{}.ties});
+  for (int64_t i = 0; i < count; ++i) s.keys[i] = order_key(s.kept_logits[i]);
+}
 
+// Leaves of the candidates, ascending, those of a prefix; masses only where there are any.
+inline void keep_prefix(const Prefix& kept, Scratch& s) {
+  const int64_t count = int64_t(s.ids.size());
+  const bool weighed = !s.masses.empty();
   int64_t size = 0, tied = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t key = keys[i];
+    const uint32_t key = s.keys[i];
     const bool at_cut = key == kept.cut;
     const bool stays = (key < kept.cut) | (at_cut & (tied < kept.ties));
     tied += at_cut;
-    ids[size] = ids[i];
-    logits[size] = logits[i];
-    masses[size] = masses[i];
+    s.ids[size] = s.ids[i];
+    s.kept_logits[size] = s.kept_logits[i];
+    if (weighed) s.masses[size] = s.masses[i];
     size += stays;
   }
   s.ids.resize(size);
   s.kept_logits.resize(size);
-  s.masses.resize(size);
+  if (weighed) s.masses.resize(size);
+}
+
+// From candidates with logits and masses to the kept set; row_mass() is the mass of the whole row.
+template <class RowMass>
+inline void prune(const Filters& f, const Params& p, RowMass row_mass, Scratch& s) {
+  if (!f.any()) return;
+  const int64_t count = int64_t(s.ids.size());
+  take_keys(s);
+  Prefix kept;
+  if (f.top_k && count > p.top_k) {
+    kept = shortest_prefix(s.keys.data(), nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
+  }
+  if (f.top_p) {
+    const uint64_t total =
+        f.pool_is_top_k ? mass_of(kept, s.keys.data(), s.masses.data(), count) : row_mass();
+    kept = shorter(kept, shortest_prefix(s.keys.data(), s.masses.data(), count,
+                                         needed_mass(p.top_p, total), p.keep_ties, s));
+  }
+  if (f.min_p) kept = shorter(kept, {order_key(round_up(f.floor)), Prefix{}.ties});
+  keep_prefix(kept, s);
+}
+
+// The mass of all of a row.
+inline uint64_t row_mass(const float* z, int64_t n, float m, float c, int parts, Scratch& s) {
+  s.tiles.resize(tile_count(n));
+  in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
+    row_kernels().tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
+  });
+  return std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
+}
+
+// The kept set, ascending: ids into s.ids, logits into s.kept_logits, masses into s.masses; z is
+// the row in float32 without +inf.
+inline void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts,
+                 Scratch& s) {
+  const Filters f(p, n, m);
+  select(z, n, candidate_bound(f, p, n, m, s), parts, s);
+  take_logits(z, s);
+  const int64_t count = int64_t(s.ids.size());
+  s.masses.resize(count);
+  in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
+    row_kernels().masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
+  });
+  const auto whole = [&] {
+    return count == n ? std::accumulate(s.masses.begin(), s.masses.end(), uint64_t(0))
+                      : row_mass(z, n, m, c, parts, s);
+  };
+  prune(f, p, whole, s);
 }
 
 // out[begin, begin + size) of the row in float32.

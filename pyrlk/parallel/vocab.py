@@ -26,7 +26,7 @@ from .. import _check, _op
 from .. import support as _support
 from .._rows import Actions, check_tokens, wrong_tokens
 
-_HEADER = 2  # rows of 4 floats before those of the tokens
+_HEADER = 8  # floats before those of the tokens
 _DIGEST = 5  # the last number of the header
 _INTEGERS = 1 << 24  # what a float of the header holds exactly
 
@@ -186,13 +186,14 @@ def meet(
     shard: Shard,
     width: int,
     like: Tensor,
+    numbers: int = 4,
 ) -> tuple[Tensor, Layout, Tensor | None]:
-    """(parts [ranks, T, 4], layout, on CUDA whether the ranks disagree) by one all-gather.
+    """(parts [ranks, T, numbers], layout, on CUDA whether the ranks disagree) by one all-gather.
 
-    ``fill(first, out)`` writes this rank's part [T, 4] where its columns begin at `first`. `common`
-    [T], which errors call `name`, and `vocab` must be the same on all ranks. A first call may need
-    a second all-gather: where unequal shards begin is known when the ranks have met. On CUDA the
-    host reads it then and never again.
+    ``fill(first, out)`` writes this rank's part [T, numbers] where its columns begin at `first`.
+    `common` [T], which errors call `name`, and `vocab` must be the same on all ranks. A first call
+    may need a second all-gather: where unequal shards begin is known when the ranks have met. On
+    CUDA the host reads it then and never again.
     """
     group = process_group(shard)
     known, key = _layouts.setdefault(group, {}), (width, shard.guess)
@@ -200,13 +201,13 @@ def meet(
     if like.is_cuda and not trusted and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call once with this group before the capture: the ranks have not met")
     guess = dist.get_rank(group) * width if shard.guess < 0 else shard.guess
-    layout = known.get(key, Layout(guess, 0))
+    layout, shape = known.get(key, Layout(guess, 0)), (common.numel(), numbers)
     while True:
-        payload = _payload(common, vocab, width, layout.first, trusted, like)
-        fill(layout.first, payload[_HEADER:])
+        payload = _payload(common, vocab, width, layout.first, trusted, like, numbers)
+        fill(layout.first, payload[_HEADER:].view(*shape))
         table = payload.new_empty((dist.get_world_size(group), *payload.shape))
         dist.all_gather(list(table.unbind(0)), payload, group=group)
-        headers, parts = table[:, :_HEADER].flatten(1), table[:, _HEADER:]
+        headers, parts = table[:, :_HEADER], table[:, _HEADER:].unflatten(1, shape)
         if trusted:
             break
         layout, agreed = _layout(headers, dist.get_rank(group), name)
@@ -231,12 +232,12 @@ def process_group(shard: Shard) -> Any:
 
 
 def _payload(
-    common: Tensor, vocab: int, width: int, first: int, trusted: bool, like: Tensor
+    common: Tensor, vocab: int, width: int, first: int, trusted: bool, like: Tensor, numbers: int
 ) -> Tensor:
     """[header; part] with the header written: what the ranks must know or have in common."""
     count = common.numel()
-    payload = like.new_empty((_HEADER + count, 4), dtype=_op.compute_dtype(like))
-    header = payload[:_HEADER].view(-1)
+    payload = like.new_empty(_HEADER + count * numbers, dtype=_op.compute_dtype(like))
+    header = payload[:_HEADER]
     for i, value in enumerate((width, first, trusted, vocab, count, 0, 0, 0)):
         if value >= _INTEGERS:
             raise ValueError(f"a sharded vocabulary must have less than 2^24 ids, got {value}")

@@ -7,6 +7,7 @@ Every check runs on all ranks and compares with the whole vocabulary, which ever
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 import pyrlk
 from pyrlk import reference
+from pyrlk.parallel import sampling as sharded
 
 T, V, H = 24, 1000, 32
 CHECKS = {}
@@ -474,8 +476,36 @@ DRAWS = [
 ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def ways_to_draw(way):
+    """How rows are drawn from on the CPU: by candidates, by few of them, as on CUDA."""
+    before = sharded.sample, sharded._MOST_CANDIDATES
+    if way == "few candidates":
+        sharded._MOST_CANDIDATES = 6
+    if way == "digits":
+        sharded.sample = sharded.digits.sample
+    try:
+        yield
+    finally:
+        sharded.sample, sharded._MOST_CANDIDATES = before
+
+
 @check
-def draws_are_those_of_the_whole_rows():
+def draws_by_candidates_are_those_of_the_whole_rows():
+    draws_are_those_of_the_whole_rows("candidates")
+
+
+@check
+def draws_that_overflow_are_those_of_the_whole_rows():
+    draws_are_those_of_the_whole_rows("few candidates")
+
+
+@check
+def draws_by_digits_are_those_of_the_whole_rows():
+    draws_are_those_of_the_whole_rows("digits")
+
+
+def draws_are_those_of_the_whole_rows(way):
     """Tokens, kept sets and status in every bit; log-probs to 2e-6."""
     for group in groups():
         case = Case(group)
@@ -492,7 +522,8 @@ def draws_are_those_of_the_whole_rows():
             for dtype in (torch.float32, torch.bfloat16):
                 options = {"seed": 11, **given, "return_support": True}
                 wanted = pyrlk.sample(z.to(dtype), **options)
-                got = pyrlk.sample(case.mine(z.to(dtype)), group=group, **options)
+                with ways_to_draw(way):
+                    got = pyrlk.sample(case.mine(z.to(dtype)), group=group, **options)
                 assert torch.equal(got.token, wanted.token), given
                 assert torch.equal(got.kept, wanted.kept), given
                 assert torch.equal(got.status, wanted.status), given
@@ -520,15 +551,45 @@ def draws_of_many_positions_agree():
 
 @check
 def collectives_of_a_draw():
-    """One for the maxima, three a filter, one for the kept masses, one for the token."""
+    """One; top-p of the whole row needs its mass, and a row that nothing cuts the place, too.
+
+    The candidates of these rows fit: most of their mass is near the maximum.
+    """
     case = Case(dist.group.WORLD)
     gather, reduce = "c10d::allgather_", "c10d::allreduce_"
-    for given, filters in (({}, 0), ({"min_p": 0.1}, 0), ({"top_k": 5}, 1), ({"top_p": 0.9}, 1),
-                           ({"top_k": 5, "top_p": 0.9}, 2)):  # fmt: skip
-        z = case.mine(case.logits)
+    for given, wanted in (
+        ({"top_k": 5}, [gather]),
+        ({"min_p": 0.1}, [gather]),
+        ({"top_k": 50, "top_p": 0.95}, [gather]),
+        ({"top_k": 50, "top_p": 0.95, "min_p": 0.01}, [gather]),
+        ({"temperature": 0.0}, [gather]),
+        ({"top_p": 0.9}, [gather] * 2),
+        ({}, [gather] * 2 + [reduce]),
+    ):
+        z = case.mine(8 * case.logits)
         pyrlk.sample(z, seed=0, group=case.group)
         seen = collectives(lambda z=z, o=given: pyrlk.sample(z, seed=0, group=case.group, **o))
-        assert seen == [gather] * 2 + [reduce] * (1 + 3 * filters), given
+        assert seen == wanted, given
+
+
+@check
+def the_draw_needs_no_candidates_where_nothing_is_cut():
+    """Rows wider than the candidates that are sent; the log-prob is that of the whole row."""
+    g = torch.Generator().manual_seed(2)
+    z = 3 * torch.randn(8, 9000, generator=g)
+    case = Case(dist.group.WORLD, vocab=9000)
+    z[3, ::2], z[4, 100], z[5] = -torch.inf, torch.inf, -torch.inf
+    for position in range(20):
+        options = {"seed": 4, "position": position, "temperature": 0.8}
+        wanted = pyrlk.sample(z, **options)
+        got = pyrlk.sample(case.mine(z), group=case.group, **options)
+        for name in ("token", "kept", "status"):
+            assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+        for name in ("logprob", "full_logprob"):
+            a, b = getattr(got, name), getattr(wanted, name)
+            near(a[wanted.token >= 0], b[wanted.token >= 0], 2e-6)
+    support = pyrlk.sample(case.mine(z), group=case.group, return_support=True, **options).support
+    assert support.rows() == pyrlk.sample(z, return_support=True, **options).support.rows()
 
 
 @check
