@@ -1,11 +1,12 @@
-# demo · demo-distributed · test · test-slow · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · lint · docs: each sets up what it needs in .venv.
+# demo · demo-distributed · test · test-slow · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · bench-sglang · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo demo-distributed test test-slow test-sglang test-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
+.PHONY: setup build demo demo-distributed test test-slow sglang-env test-sglang bench-sglang test-gpu test-peers
+.PHONY: test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -66,14 +67,21 @@ test-peers: $(PEERS)/.ready
 	PATH=$(CURDIR)/$(PEERS)/bin:$$PATH $(PEERS)/bin/python setup.py -q build_ext --inplace
 	$(PEERS)/bin/pytest tests/peers $(ARGS)
 
-# A real SGLang server on the CPU, in an environment of its own. Output goes to a file: processes
-# that servers leave behind would hold a pipe open.
-SGLANG := .venv-sglang
+# A real SGLang server on the CPU, in an environment of its own; its output goes to files, since
+# processes that a server leaves behind would hold a pipe open.
+SGLANG := $(CURDIR)/.venv-sglang
+test-sglang bench-sglang: export PYRLK_SGLANG_PYTHON = $(SGLANG)/bin/python
+test-sglang bench-sglang: export PYRLK_SGLANG_SITE = $(SGLANG)/pyrlk-site
 
-test-sglang: build
+sglang-env: build
 	tests/sglang/install.sh $(SGLANG) $(SGLANG)/pyrlk-site
-	PYRLK_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)/bin/python PYRLK_SGLANG_SITE=$(CURDIR)/$(SGLANG)/pyrlk-site \
-	  $(BIN)/pytest tests/sglang $(ARGS)
+
+test-sglang: sglang-env
+	$(BIN)/pytest tests/sglang $(ARGS)
+
+bench-sglang: sglang-env
+	$(BIN)/python tests/sglang/with_server.py moe-large moe -- \
+	  $(BIN)/python -m pyrlk.bench.weights_sglang --write bench/results $(ARGS)
 
 bench: build
 	$(BIN)/pyrlk bench --write bench/results $(ARGS)

@@ -23,13 +23,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyrlk.bench import sass as _sass
+from pyrlk.bench.sass import Sweep, find_sweeps, shortest_trip
 from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample, schedule
 
 TARGETS = {
@@ -105,18 +104,6 @@ VARIANTS: list[tuple] = [
     ("sample_fwd exact", sample.sample_fwd_kernel, _SEARCH | {"EXACT": True}),
     ("support_fwd", sample.support_fwd_kernel, _FREE | {"BLOCK": row.TILE // 2}),
 ]
-
-
-_JUMP = r"\bBRA\b.* (0x\w+)"
-
-
-class Sweep(NamedTuple):
-    """The code that takes one group: bytes read and written, and instructions, an element."""
-
-    read: float
-    written: float
-    instructions: float
-    spills: int  # accesses of local memory
 
 
 @dataclasses.dataclass
@@ -227,49 +214,7 @@ def _read_nvidia(compiled):
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     sweeps = find_sweeps(sass, row.GROUP.value * row.TILE // (row.LAUNCH["num_warps"] * 32))
     widths = _widths(sass, "LDG"), _widths(sass, "STG")
-    return registers, spills, *widths, sweeps, _sass.shortest_trip(sass)
-
-
-def find_sweeps(sass: str, elements: int) -> list[Sweep]:
-    """Sweeps of a listing, in order, by a thread that takes so many elements of a group.
-
-    They begin with the blocks that access global memory 16 bytes at a time and without a predicate,
-    and go on to the next conditional branch. A mask is a predicate, so the part of a row that has
-    one is no sweep; nor are stores of RZ, which clear.
-    """
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
-    jumps = {int(found[1], 16) for _, code in lines if (found := re.search(_JUMP, code))}
-    blocks: dict[int, list[str]] = {}
-    fresh = True
-    for text, code in lines:
-        address = int(text, 16)
-        if fresh or address in jumps:
-            block = blocks.setdefault(address, [])
-        block.append(code)
-        fresh = re.search(r"\b(?:BRA|EXIT|RET)\b", code) is not None
-    order = list(blocks)
-
-    def onwards(address: int) -> list[str]:
-        block, after = blocks[address], order.index(address) + 1
-        last = block[-1]
-        if re.search(r"\b(?:EXIT|RET)\b", last) or (last.startswith("@") and "BRA" in last):
-            return block
-        if (found := re.search(_JUMP, last)) is None:
-            return block + (onwards(order[after]) if after < len(order) else [])
-        target = int(found[1], 16)
-        return block + (onwards(target) if target > address else [])
-
-    def wide(block: list[str], opcode: str) -> int:
-        return sum(bool(re.match(rf"{opcode}\S*\.128 (?!.*, RZ)", code)) for code in block)
-
-    sweeps = []
-    for address, block in blocks.items():
-        read, written = (16 * wide(block, opcode) / elements for opcode in ("LDG", "STG"))
-        if read or written:
-            code = onwards(address)
-            spills = sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for line in code)
-            sweeps.append(Sweep(read, written, round(len(code) / elements, 2), spills))
-    return sweeps
+    return registers, spills, *widths, sweeps, shortest_trip(sass)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -17,7 +17,7 @@ def markdown(result: dict) -> str:
     facts = result["conditions"]
     where = ", ".join(
         f"{key} {facts[key]}"
-        for key in ("isa", "threads", "driver", "torch", "triton", "python", "date")
+        for key in ("isa", "threads", "driver", "torch", "triton", "sglang", "python", "date")
         if key in facts
     )
     lines = [
@@ -47,6 +47,18 @@ def _cells(row: dict) -> list[list[str]]:
         first, error = f"{row['first_ms']:.2f}", f"{row['loss_error']:.1e}"
         return [[row["op"], shape, dtype, first, against, error]]
     ms = {side: f"{t['ms']:.2f}" for side, t in row["times"].items()}
+    if row["op"] == "SGLang update":
+        return _engine_update(row, ms)
+    if "replay" in ms:
+        against = f"the engine's load_weights takes {row['load_weights_over_replay']:.0f}×"
+        op = "replay in the engine, small tensors"
+        return [[op, shape, dtype, ms["replay"], against, "bit-exact"]]
+    if "off" in ms:
+        mode = {"off": "replay without sums", "copy": "replay with sums"}
+        return [
+            [name, shape, dtype, ms[side], f"{row[f'{side}_over_memcpy']:.2f}× memcpy", "bit-exact"]
+            for side, name in mode.items()
+        ]
     if "inplace" in ms:
         error = f"{row['gradient_error']:.1e}"
         peers = ""
@@ -87,6 +99,26 @@ def _cells(row: dict) -> list[list[str]]:
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",
          f"{row['logprob_error']:.1e}"],
     ]  # fmt: skip
+
+
+def _engine_update(row: dict, ms: dict[str, str]) -> list[list[str]]:
+    """Whole updates of a server, floors included."""
+    shape, dtype = "×".join(map(str, row["shape"])), row["dtype"]
+    against = {
+        "plan": f"above its floor {row['plan_net_over_bucket_net']:.2f}× bucket mode; SGLang's own "
+        f"way takes {row['sglang_over_plan']:.1f}×",
+        "bucket": f"SGLang's own way takes {row['sglang_over_bucket']:.1f}×",
+        "sglang": "a fresh flattened bucket",
+    }
+    parts = {"pack": "pack", "hand-over": "hand-over", "load": "load"}
+    lines = []
+    for side, text in against.items():
+        taken = row["stages"].get(side, {})
+        split = ", ".join(f"{name} {taken[key]:.1f}" for key, name in parts.items() if key in taken)
+        if split:
+            text = f"floor {ms[f'{side}-floor']}, {split} ms; {text}"
+        lines.append([f"SGLang update, {side}", shape, dtype, ms[side], text, "bit-exact"])
+    return lines
 
 
 def _growth(row: dict) -> list[str]:

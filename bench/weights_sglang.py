@@ -1,12 +1,17 @@
 """One full update of an SGLang server: our two modes and SGLang's own way, interleaved.
 
-    python -m pyrlk.bench.weights_sglang URL     a server with our --custom-weight-loader, whose
-                                                 model_path can be read here
+    make bench-sglang            starts two servers and measures both
+    python -m pyrlk.bench.weights_sglang LARGE [SMALL] [--write FOLDER]
+                                 URLs of servers with our --custom-weight-loader, on this machine,
+                                 whose model_path can be read here
 
-A side's floor is an update without tensors: the same requests, nothing to move. The copy inside the
-engine is timed beside one memcpy of the same bytes by `replay`, without a server.
+    floor      an update without tensors: the same requests, nothing to move
+    plan, bucket   ours; what is left after the floor is packing, handing over, loading
+    sglang     a fresh tensor of all, torch.cat of uint8 views, "file_system" sharing
+    memcpy     what the copy inside the engine is held against, without a server
 
-    sglang   a fresh tensor of all, torch.cat of uint8 views, "file_system" sharing
+SMALL is a server of thousands of small tensors: there the engine's copy is held against its own
+load_weights.
 """
 
 from __future__ import annotations
@@ -14,8 +19,9 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,9 +34,10 @@ from pyrlk.weights import layout as layouts
 from pyrlk.weights import memory, sglang_loader
 from pyrlk.weights.sglang_server import Server
 
-from . import measure
+from . import measure, table
 
 ROUNDS = 10
+RAW = argparse.RawDescriptionHelpFormatter
 
 
 def checkpoint(folder: Path) -> dict[str, Tensor]:
@@ -76,85 +83,136 @@ def sglang_update(server: Server, tensors: dict[str, Tensor], version: int) -> N
     server.resume()
 
 
-def updates(url: str, rounds: int) -> dict:
-    """Medians in milliseconds, and the ratios that the issue asks for."""
-    server = Server(url, None, 300.0)
-    tensors = checkpoint(Path(server.info().model_path))
-    version = int(server.version()) if server.version().isdecimal() else 0
-    stages: dict[str, dict[str, list[float]]] = {}
-    taken: dict[str, list[float]] = {}
+class Engine:
+    """A server, its checkpoint, and versions that rise."""
 
-    def timed(side: str, run) -> None:
-        nonlocal version
-        version += 1
+    def __init__(self, url: str):
+        self.url = url
+        self.server = Server(url, None, 300.0)
+        self.tensors = checkpoint(Path(self.server.info().model_path))
+        current = self.server.version()
+        self._version = int(current) if current.isdecimal() else 0
+
+    def version(self) -> int:
+        self._version += 1
+        return self._version
+
+    def publisher(self, mode: str) -> weights.Publisher:
+        return weights.Publisher(weights.SGLang(self.url, mode=mode), timeout=300)
+
+    def checksums(self) -> list[str]:
+        """SGLang's own, of every rank's parameters."""
+        status, answer = self.server.http.request("POST", "/weights_checker", {})
+        if status != 200:
+            raise SystemExit(f"{self.url}/weights_checker: {status} {answer}")
+        return [rank["per_gpu_checksum"] for rank in answer["ranks"]]
+
+
+SIDES = ("plan", "bucket", "sglang")
+
+
+def updates(url: str, rounds: int) -> dict:
+    """Each way once a round, and its floor; milliseconds, by stage where it is ours."""
+    engine = Engine(url)
+    tensors = engine.tensors
+    zero = {name: tensor * 0 for name, tensor in tensors.items()}
+    taken: dict[str, list[float]] = {}
+    stages: dict[str, dict[str, list[float]]] = {side: {} for side in SIDES}
+
+    def timed(side: str, run: Callable[[], weights.UpdateReport | None]) -> None:
         start = time.perf_counter()
         report = run()
         taken.setdefault(side, []).append((time.perf_counter() - start) * 1e3)
         for stage, seconds in (report.seconds if report else {}).items():
             stages.setdefault(side, {}).setdefault(stage, []).append(seconds * 1e3)
 
-    def ours(mode: str, sent: dict[str, Tensor]):
-        # A publisher each: the lock is one publisher's at a time. Its connection is not timed.
-        with weights.Publisher(weights.SGLang(url, mode=mode), timeout=300) as publisher:
-            nonlocal version
-            publisher.update({}, version=version, partial=True)
-            version += 1
-            if sent:
-                publisher.update(sent, version=version)
-                version += 1
-            for side, given in (("", sent), ("-floor", {})):
-                number = version
-                timed(
-                    mode + side,
-                    lambda given=given, number=number: publisher.update(
-                        given, version=number, partial=not given
-                    ),
-                )
+    def ours(mode: str) -> None:
+        # One publisher at a time holds the lock: each round has its own, warmed before the clock.
+        with engine.publisher(mode) as publisher:
+            publisher.update({}, version=engine.version(), partial=True)
+            publisher.update(tensors, version=engine.version())
+            for side, sent in ((mode, tensors), (f"{mode}-floor", {})):
+                version = engine.version()
+                timed(side, lambda: publisher.update(sent, version=version, partial=not sent))  # noqa: B023
 
-    for _ in range(2):  # recorded, then compared: from then on replayed
-        version += 1
-        with weights.Publisher(weights.SGLang(url, mode="plan"), timeout=300) as publisher:
-            first = publisher.update(tensors, version=version)
-            stages.setdefault("plan-first", {}).setdefault("copy", []).append(
-                first.seconds["copy"] * 1e3
-            )
-    version += 1
+    def theirs() -> None:
+        version = engine.version()
+        timed("sglang", lambda: sglang_update(engine.server, tensors, version))
+
+    with engine.publisher("plan") as publisher:  # recorded, compared: from then on replayed
+        for _ in range(2):
+            publisher.update(tensors, version=engine.version())
+    wanted = engine.checksums()
+    for side in SIDES:  # no time for a way that loses a byte
+        with engine.publisher("bucket") as publisher:
+            publisher.update(zero, version=engine.version())
+        if side == "sglang":
+            sglang_update(engine.server, tensors, engine.version())
+        else:
+            with engine.publisher(side) as publisher:
+                publisher.update(tensors, version=engine.version())
+        if engine.checksums() != wanted:
+            return {"op": "SGLang update", "failed": f"{side}: other weights arrived"}
     for _ in range(rounds):
-        ours("plan", tensors)
-        ours("bucket", tensors)
-        timed("sglang", lambda: sglang_update(server, tensors, version - 1))
-    sides = {side: measure.Timing(values) for side, values in taken.items()}
-    plan, bucket = sides["plan"], sides["bucket"]
-    net = [
-        (p - pf, b - bf)
-        for p, pf, b, bf in zip(
-            plan.rounds,
-            sides["plan-floor"].rounds,
-            bucket.rounds,
-            sides["bucket-floor"].rounds,
-            strict=True,
-        )
-    ]
-    middle = measure.Timing([p / b for p, b in net]).median
+        ours("plan")
+        ours("bucket")
+        theirs()
+    times = {side: measure.Timing(values) for side, values in taken.items()}
+    net = {
+        mode: [a - b for a, b in zip(taken[mode], taken[f"{mode}-floor"], strict=True)]
+        for mode in ("plan", "bucket")
+    }
     return {
-        "tensors": len(tensors),
+        "op": "SGLang update",
+        "shape": [len(tensors)],
+        "dtype": "bfloat16",
         "bytes": sum(t.nbytes for t in tensors.values()),
-        "sides": {side: timing.as_dict() for side, timing in sides.items()},
+        "rounds": rounds,
+        "times": {side: timing.as_dict() for side, timing in times.items()},
         "stages": {
             side: {name: round(measure.Timing(v).median, 3) for name, v in parts.items()}
             for side, parts in stages.items()
+            if parts
         },
-        "(plan - floor) / (bucket - floor)": round(middle, 3),
-        "sglang / plan": round(sides["sglang"].over(plan), 2),
-        "load_weights / replay": round(
-            stages["plan-first"]["copy"][0] / measure.Timing(stages["plan"]["copy"]).median,
-            1,
+        "plan_net_over_bucket_net": round(
+            measure.Timing(net["plan"]).over(measure.Timing(net["bucket"])), 3
         ),
+        "sglang_over_plan": round(times["sglang"].over(times["plan"]), 2),
+        "sglang_over_bucket": round(times["sglang"].over(times["bucket"]), 2),
+    }
+
+
+def small_tensors(url: str, rounds: int) -> dict:
+    """The copy inside the engine: SGLang's load_weights against its replay, as the engine says."""
+    engine = Engine(url)
+    names = list(engine.tensors)
+    loaded, replayed = [], []
+    with engine.publisher("plan") as publisher:
+        for _ in range(3):
+            publisher.update(engine.tensors, version=engine.version())
+        for round in range(rounds):
+            # Without one tensor it is another manifest: recorded, and loaded by load_weights.
+            some = {n: engine.tensors[n] for n in names if n != names[-1 - round]}
+            report = publisher.update(some, version=engine.version(), partial=True)
+            assert report.planned == 0
+            loaded.append(report.seconds["copy"] * 1e3)
+            report = publisher.update(engine.tensors, version=engine.version())
+            assert report.planned == report.tensors
+            replayed.append(report.seconds["copy"] * 1e3)
+    sides = {"load_weights": measure.Timing(loaded), "replay": measure.Timing(replayed)}
+    return {
+        "op": "SGLang load_weights",
+        "shape": [len(names)],
+        "dtype": "bfloat16",
+        "bytes": sum(t.nbytes for t in engine.tensors.values()),
+        "rounds": rounds,
+        "times": {name: timing.as_dict() for name, timing in sides.items()},
+        "load_weights_over_replay": round(sides["load_weights"].over(sides["replay"]), 1),
     }
 
 
 class Experts(nn.Module):
-    """A mixture of experts as SGLang holds it, with a load_weights of the kind SGLang has."""
+    """A mixture of experts as SGLang holds it."""
 
     def __init__(self, layers: int, experts: int, hidden: int, inner: int):
         super().__init__()
@@ -192,9 +250,9 @@ class Experts(nn.Module):
             target.copy_(loaded)
 
 
-def replay(rounds: int, sizes: tuple[int, int, int, int] = (8, 128, 256, 128)) -> dict:
+def replay(rounds: int) -> dict:
     """The engine's copy of one bucket against one memcpy of the same bytes, with equal threads."""
-    model = Experts(*sizes)
+    model = Experts(8, 128, 256, 128)
     sent = model.checkpoint()
     specs = [layouts.Spec(n, tuple(t.shape), t.dtype) for n, t in sent.items()]
     layout = layouts.plan(specs, 1 << 40)
@@ -212,44 +270,52 @@ def replay(rounds: int, sizes: tuple[int, int, int, int] = (8, 128, 256, 128)) -
         engine.apply(segment, 0, sums, threads)
     source, target = segment.flat, torch.zeros(segment.nbytes, dtype=torch.uint8)
     wanted = {n: t.clone() for n, t in model.state_dict().items()}
-    model_load = lambda: model.load_weights(  # noqa: E731 (one side of the table)
-        (e.name, segment.view(e.offset, e.shape, e.dtype)) for e in layout.entries
-    )
     sides = measure.interleaved(
         {
             "memcpy": lambda: target.copy_(source),
             "off": lambda: engine.apply(segment, 0, (), threads),
             "copy": lambda: engine.apply(segment, 0, sums, threads),
-            "load_weights": model_load,
         },
         rounds=rounds,
     )
-    assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
+    if not all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items()):
+        return {"op": "replay", "failed": "other bytes"}
     return {
-        "tensors": len(sent),
+        "op": "replay",
+        "shape": [len(sent)],
+        "dtype": "bfloat16",
         "bytes": segment.nbytes,
         "threads": threads,
-        "sides": {name: timing.as_dict() for name, timing in sides.items()},
-        "off / memcpy": round(sides["off"].over(sides["memcpy"]), 3),
-        "copy / memcpy": round(sides["copy"].over(sides["memcpy"]), 3),
-        "load_weights / off": round(sides["load_weights"].over(sides["off"]), 2),
+        "rounds": rounds,
+        "times": {name: timing.as_dict() for name, timing in sides.items()},
+        "off_over_memcpy": round(sides["off"].over(sides["memcpy"]), 3),
+        "copy_over_memcpy": round(sides["copy"].over(sides["memcpy"]), 3),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("url", nargs="?", help="without one, only the copy inside the engine")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser.add_argument("large", nargs="?", help="URL; without one, only the engine's copy")
+    parser.add_argument("small", nargs="?", help="URL of a server of small tensors")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--write", metavar="FOLDER", help="also write sglang-cpu.json there")
     args = parser.parse_args()
-    result = {
-        "replay": replay(3 * args.rounds),
-        # 3,000 tensors of 8 KB: the calls cost more than the bytes.
-        "replay small": replay(3 * args.rounds, (8, 125, 64, 64)),
-    }
-    if args.url:
-        result["update"] = updates(args.url, args.rounds)
-    print(json.dumps(result, indent=1))
+    rows = [replay(3 * args.rounds)]
+    facts = measure.conditions("cpu")
+    if args.large:
+        facts["sglang"] = Server(args.large, None, 30.0).info().release
+        rows.append(updates(args.large, args.rounds))
+    if args.small:
+        rows.append(small_tensors(args.small, args.rounds))
+    result = {"conditions": facts, "rows": rows}
+    print(table.markdown(result))
+    print(json.dumps(rows, indent=1))
+    if args.write:
+        file = Path(args.write) / "sglang-cpu.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {file}")
+    return 1 if any("failed" in row for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,36 +23,6 @@ namespace py = pybind11;
 
 namespace {
 
-struct Support {
-  explicit Support(int64_t count) : rows(static_cast<std::size_t>(count)) {}
-
-  int64_t total() const {
-    int64_t n = 0;
-    for (const auto& row : rows) n += static_cast<int64_t>(row.size());
-    return n;
-  }
-  // Rows that end within `capacity` go to ids; the others become bits, and OVERFLOW in status.
-  void write(int32_t* ids, int64_t capacity, int64_t* offsets, uint32_t* bits, int64_t words,
-             uint8_t* status) const {
-    *offsets = 0;
-    for (std::size_t b = 0; b < rows.size(); ++b) {
-      const auto& row = rows[b];
-      const int64_t begin = offsets[b], end = begin + static_cast<int64_t>(row.size());
-      offsets[b + 1] = end;
-      if (end <= capacity) {
-        std::copy(row.begin(), row.end(), ids + begin);
-      } else if (end > begin) {
-        uint32_t* word = bits + static_cast<int64_t>(b) * words;
-        std::fill_n(word, words, 0);
-        for (const int32_t id : row) word[id / 32] |= 1u << (id % 32);
-        status[b] |= pyrlk::kOverflow;
-      }
-    }
-  }
-
-  std::vector<std::vector<int32_t>> rows;
-};
-
 // A tensor in warm pages, as DLPack describes it to torch.
 struct WarmTensor {
   DLManagedTensor managed;
@@ -120,6 +90,10 @@ void bind_kernels(py::module_& module) {
   using PyTerms = std::tuple<bool, double, double, double, double, int, double, bool, double>;
   static const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
   static const auto int64s = [](Address address) { return reinterpret_cast<int64_t*>(address); };
+  static const auto int32s = [](Address address) { return reinterpret_cast<int32_t*>(address); };
+  static const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
+  static const auto uint8s = [](Address address) { return reinterpret_cast<uint8_t*>(address); };
+  static const auto uint32s = [](Address address) { return reinterpret_cast<uint32_t*>(address); };
   static const auto to_rows = [](const PyRows& r) {
     const auto& [data, dtype, count, vocab, width, inner, outer_stride, inner_stride] = r;
     return pyrlk::Rows{pointer(data), pyrlk::DType(dtype), count,       vocab, width,
@@ -129,7 +103,7 @@ void bind_kernels(py::module_& module) {
     return pyrlk::Temperature{std::get<0>(t), pointer(std::get<1>(t))};
   };
   static const auto to_kept = [](const PyKept& k) {
-    return pyrlk::KeptIds{static_cast<const int32_t*>(pointer(k.first)), int64s(k.second)};
+    return pyrlk::KeptIds{int32s(k.first), int64s(k.second)};
   };
   static const auto to_terms = [](const PyTerms& t) {
     const auto& [clipped, low, high, dual_clip, delta, kl, kl_coef, kl_importance, entropy] = t;
@@ -203,27 +177,25 @@ void bind_kernels(py::module_& module) {
       },
       py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("factor"), py::arg("threads"));
 
-  // The kept ids of a sample() call, before anyone knows how many there are.
-  py::class_<Support>(module, "Support")
+  py::class_<pyrlk::KeptSets>(module, "KeptSets")
       .def(py::init<int64_t>(), py::arg("rows"))
-      .def("total", &Support::total)
+      .def("total", &pyrlk::KeptSets::total)
       .def(
           "write",
-          [](const Support& self, Address ids, int64_t capacity, Address offsets, Address bits,
-             int64_t words, Address status) {
+          [](const pyrlk::KeptSets& self, Address ids, int64_t capacity, Address offsets,
+             Address bits, int64_t words, Address status, int threads) {
+            const py::gil_scoped_release nogil;
             self.write(static_cast<int32_t*>(pointer(ids)), capacity, int64s(offsets),
-                       static_cast<uint32_t*>(pointer(bits)), words,
-                       static_cast<uint8_t*>(pointer(status)));
+                       static_cast<uint32_t*>(pointer(bits)), words, uint8s(status), threads);
           },
           py::arg("ids"), py::arg("capacity"), py::arg("offsets"), py::arg("bits"),
-          py::arg("words"), py::arg("status"));
+          py::arg("words"), py::arg("status"), py::arg("threads"));
   module.def(
       "sample",
       [](const PyRows& logits, Address temperature, Address top_k, Address top_p, Address min_p,
          Address seed, Address position, Address allowed, bool joint, bool keep_ties, Address token,
-         Address logprob, Address full_logprob, Address kept, Address status, Support* support,
-         int threads) {
-        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+         Address logprob, Address full_logprob, Address kept, Address status,
+         pyrlk::KeptSets* support, int threads) {
         const pyrlk::SampleArgs args{to_rows(logits),
                                      floats(temperature),
                                      floats(top_p),
@@ -231,15 +203,15 @@ void bind_kernels(py::module_& module) {
                                      int64s(top_k),
                                      int64s(seed),
                                      int64s(position),
-                                     static_cast<const uint32_t*>(pointer(allowed)),
+                                     uint32s(allowed),
                                      joint,
                                      keep_ties,
                                      int64s(token),
                                      floats(logprob),
                                      floats(full_logprob),
-                                     static_cast<int32_t*>(pointer(kept)),
-                                     static_cast<uint8_t*>(pointer(status)),
-                                     support == nullptr ? nullptr : support->rows.data()};
+                                     int32s(kept),
+                                     uint8s(status),
+                                     support};
         const py::gil_scoped_release nogil;
         return pyrlk::sample(args, threads);
       },
@@ -291,7 +263,7 @@ void bind_kernels(py::module_& module) {
       [](const PyShard& shard, Address parts, int64_t ranks, int64_t rows, int64_t capacity,
          int64_t vocab, Address row_mass, Address token, Address logprob, Address full_logprob,
          Address kept, Address status, Address state, Address max, Address log_sum,
-         Support* support, int threads) {
+         pyrlk::KeptSets* support, int threads) {
         const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
         const auto bytes = [](Address a) { return static_cast<uint8_t*>(pointer(a)); };
         const pyrlk::ShardArgs args = to_shard(shard);
@@ -309,7 +281,7 @@ void bind_kernels(py::module_& module) {
                                        bytes(state),
                                        floats(max),
                                        static_cast<double*>(pointer(log_sum)),
-                                       support == nullptr ? nullptr : support->rows.data()};
+                                       support};
         const py::gil_scoped_release nogil;
         pyrlk::shard_select(args, select, threads);
       },
@@ -346,25 +318,16 @@ void bind_kernels(py::module_& module) {
       [](const PyRows& target, const std::optional<PyRows>& draft, Address draft_tokens,
          int64_t depth, Address temperature, Address top_k, Address top_p, Address min_p,
          Address seed, Address position, Address token, Address accepted, Address logprob,
-         Address full_logprob, Address status, Support* support, int threads) {
-        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+         Address full_logprob, Address status, pyrlk::KeptSets* support, int threads) {
         const pyrlk::Rows proposed = draft ? to_rows(*draft) : pyrlk::Rows{};
-        const pyrlk::VerifyArgs args{to_rows(target),
-                                     draft ? &proposed : nullptr,
-                                     int64s(draft_tokens),
-                                     depth,
-                                     floats(temperature),
-                                     floats(top_p),
-                                     floats(min_p),
-                                     int64s(top_k),
-                                     int64s(seed),
-                                     int64s(position),
-                                     int64s(token),
-                                     static_cast<int32_t*>(pointer(accepted)),
-                                     floats(logprob),
-                                     floats(full_logprob),
-                                     static_cast<uint8_t*>(pointer(status)),
-                                     support == nullptr ? nullptr : support->rows.data()};
+        const pyrlk::VerifyArgs args{to_rows(target),      draft ? &proposed : nullptr,
+                                     int64s(draft_tokens), depth,
+                                     floats(temperature),  floats(top_p),
+                                     floats(min_p),        int64s(top_k),
+                                     int64s(seed),         int64s(position),
+                                     int64s(token),        int32s(accepted),
+                                     floats(logprob),      floats(full_logprob),
+                                     uint8s(status),       support};
         const py::gil_scoped_release nogil;
         return pyrlk::verify_draft(args, threads);
       },

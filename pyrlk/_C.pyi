@@ -63,11 +63,18 @@ def reinforce_grad(
 ) -> int: ...
 def scale(x: int, dtype: int, count: int, factor: float, threads: int) -> None: ...
 
-class Support:
+class KeptSets:
     def __init__(self, rows: int) -> None: ...
     def total(self) -> int: ...
     def write(
-        self, ids: int, capacity: int, offsets: int, bits: int, words: int, status: int
+        self,
+        ids: int,
+        capacity: int,
+        offsets: int,
+        bits: int,
+        words: int,
+        status: int,
+        threads: int,
     ) -> None: ...
 
 def sample(
@@ -86,7 +93,7 @@ def sample(
     full_logprob: int,
     kept: int,
     status: int,
-    support: Support | None,
+    support: KeptSets | None,
     threads: int,
 ) -> int: ...
 
@@ -116,7 +123,7 @@ def shard_select(
     state: int,
     max: int,
     log_sum: int,
-    support: Support | None,
+    support: KeptSets | None,
     threads: int,
 ) -> None: ...
 def shard_masses(
@@ -149,7 +156,7 @@ def verify_draft(
     logprob: int,
     full_logprob: int,
     status: int,
-    support: Support | None,
+    support: KeptSets | None,
     threads: int,
 ) -> int: ...
 

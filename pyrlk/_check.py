@@ -7,6 +7,7 @@ themselves.
 from __future__ import annotations
 
 import math
+import os
 import sys
 
 import torch
@@ -228,7 +229,17 @@ def advantages(x, z: Tensor, shape, seqs, other_name: str = "logits") -> Tensor:
     raise ValueError(f"advantages must have shape {list(shape)}{per_sequence}, got {list(x.shape)}")
 
 
-# Values, on CPU only: there reading them costs nothing but the read.
+# Values. On CPU reading them costs nothing but the read; on CUDA it waits for the device.
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether values inside tensors are checked where `x` is: on CUDA under PYRLK_CHECK=1 alone.
+
+    Not during a CUDA graph's capture, which nothing may wait for.
+    """
+    if x.device.type == "cpu":
+        return True
+    return os.environ.get("PYRLK_CHECK") == "1" and not torch.cuda.is_current_stream_capturing()
 
 
 def mask_values(x: Tensor | None, counted: Tensor | bool = True) -> None:

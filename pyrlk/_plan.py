@@ -265,7 +265,7 @@ def prepare(rows: Tensor, inputs: Inputs) -> Plan:
     counted = tokens != -100
     if mask is not None:
         counted = counted & (mask != 0)
-    if rows.device.type == "cpu":
+    if _check.reads_values(rows):
         _check.mask_values(mask, tokens != -100)
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(inputs.normalizer)

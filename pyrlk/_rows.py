@@ -50,8 +50,8 @@ class Actions(NamedTuple):
 
 
 def check_tokens(tokens: Tensor, kept: Support | None, counted: Tensor, vocab: int) -> None:
-    """On CPU, where other rows than those `counted` may hold anything."""
-    if tokens.device.type != "cpu":
+    """Where values are checked; other rows than those `counted` may hold anything."""
+    if not _check.reads_values(tokens):
         return
     _support.check_values(kept, vocab)
     bad = (tokens < 0) | (tokens >= vocab)

@@ -140,7 +140,7 @@ def soft_overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -
         raise ValueError(
             f"cache_length must lie in [1, max_length = {max_length}], got {cache_length}"
         )
-    if lengths.device.type == "cpu":
+    if _check.reads_values(lengths):
         _refuse_first("lengths", lengths, lengths < 0, "be ≥ 0")
     over = (max_length - cache_length) - lengths.to(torch.float64)
     return (over / cache_length).clamp(-1.0, 0.0).to(torch.float32)
@@ -345,7 +345,7 @@ def _rewards(rewards: Tensor) -> Tensor:
         raise TypeError(f"rewards must be real, got {str(rewards.dtype).removeprefix('torch.')}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape [N], got {tuple(rewards.shape)}")
-    if rewards.device.type == "cpu":
+    if _check.reads_values(rewards):
         _refuse_first("rewards", rewards, ~torch.isfinite(rewards), "be finite")
     return rewards.detach().to(torch.float64).contiguous()
 

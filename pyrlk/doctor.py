@@ -206,7 +206,7 @@ def _server(url: str, api_key: str | None) -> list[Line]:
         server = Server(url, api_key, 5.0)
         info = server.info()
         version = server.version()
-        sessions = server.http.request("GET", "/begin_weight_update")[0] != 404
+        sessions = server.look()
     except (UpdateError, ValueError, TypeError) as error:
         cure = "start it on this machine; a server with an admin key needs --api-key"
         return [Line(name, f"no: {error}", cure, needed=True)]

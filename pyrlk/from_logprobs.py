@@ -17,6 +17,7 @@ from . import _check, _plan
 from . import objective as _objective
 from ._plan import Options, PolicyStats
 from .objective import DAPO, TIS, Objective
+from .support import Support
 
 
 def policy_loss_from_logprobs(
@@ -27,6 +28,7 @@ def policy_loss_from_logprobs(
     *,
     objective: Objective | Callable = DAPO(),  # noqa: B008 - a frozen dataclass
     entropy: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl: str = "k3",
@@ -34,15 +36,37 @@ def policy_loss_from_logprobs(
     entropy_coef: float = 0.0,
     rollout_logprobs: Tensor | None = None,
     correction: TIS | None = None,
+    support: Support | None = None,
+    vocab_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    group: Any = None,
+    inplace: bool = False,
     return_stats: bool = False,
 ) -> Any:  # Tensor, or (Tensor, PolicyStats)
     """The loss of `policy_loss` from log-probs [...] (float32, float64): plain torch and autograd.
 
-    Arguments mean what they mean in `policy_loss`; `entropy` [...] is needed where entropy_coef is
-    not 0. Differentiable in `logprobs` and `entropy`; masked places of both may hold anything.
+    Parameters
+    ----------
+    logprobs : [...] float32, float64
+    entropy : [...] float, needed where entropy_coef is not 0
+    temperature, support, vocab_size, group, inplace
+        At their defaults: they belong to logits. Log-probs have them from the function that they
+        come from, and so does their gradient.
+    old_logprobs, advantages, mask, objective and all others
+        As in `policy_loss`, with the shape of logprobs.
+
+    Returns
+    -------
+    loss : 0-d in the dtype of logprobs, or (loss, PolicyStats)
+        Differentiable in `logprobs` and `entropy`; masked places of both may hold anything.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument; on CPU also for values inside tensors.
     """
+    _only_of_logits(temperature, support, vocab_size, group, inplace)
     z = _check.tensor("logprobs", logprobs)
     if z.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logprobs must be float32 or float64, got {z.dtype}")
@@ -74,6 +98,23 @@ def policy_loss_from_logprobs(
     return from_logprobs(z, entropy, options)
 
 
+def _only_of_logits(temperature, support, vocab_size, group, inplace) -> None:
+    """Refuses what would change nothing here, but would have changed the log-probs."""
+    number = None if isinstance(temperature, Tensor) else _check.number("temperature", temperature)
+    for name, neutral, kept in (
+        ("temperature", 1.0, number == 1.0),
+        ("support", None, support is None),
+        ("vocab_size", None, vocab_size is None),
+        ("group", None, group is None),
+        ("inplace", False, not _check.flag("inplace", inplace)),
+    ):
+        if not kept:
+            raise ValueError(
+                f"{name} must be {neutral}: it belongs to logits; give it to the function that the "
+                "log-probs come from"
+            )
+
+
 def two_launches(score: Callable, tokens: Tensor, options: Options) -> Any:
     """A loss by way of log-probs and autograd: `score` maps tokens to (logprob, entropy)."""
     mask = options.mask
@@ -88,7 +129,7 @@ def from_logprobs(z: Tensor, entropy: Tensor | None, options: Options) -> Any:
     """The loss of checked options, and its statistics where they ask for them."""
     objective, correction, mask = options.objective, options.correction, options.mask
     shape, dtype = z.shape, z.dtype
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _check.reads_values(z):
         _check.mask_values(mask)
         _check.cu_seqlens_values(options.cu_seqlens, shape.numel())
         _check.normalizer_value(options.normalizer)

@@ -289,7 +289,7 @@ def _linear_logprobs(
     with _head.plain(hidden):
         at = rows.flat(_op.compute_dtype(hidden))
         active = at.tokens != -100
-        if hidden.device.type == "cpu":
+        if _check.reads_values(hidden):
             _check.temperature_values(at.temperatures, active)
 
         def score(at: Actions):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _C, _check, _op
 from . import support as _support
-from ._rows import Actions, Rows
+from ._rows import Actions, Rows, check_tokens
 from .parallel import vocab as _vocab
 from .parallel.vocab import Shard
 from .support import Support
@@ -44,7 +44,8 @@ def token_logprobs(
         Gradients carry its 1/τ.
     support : Support, optional
         The kept set of each token: log-prob and entropy are over it alone, the gradient outside it
-        is 0. A token outside its kept set is a ValueError on CPU, NaN on CUDA.
+        is 0. A token outside its kept set is a ValueError on CPU, NaN on CUDA; so is there a row
+        that overflowed the sampler's buffer, until `support.trim()`.
     vocab_size : int, optional
         True size under a padded head: columns from there on are not read and get gradient 0.
     return_entropy : bool
@@ -63,8 +64,8 @@ def token_logprobs(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument. A token outside [0, V) is a ValueError with its index on CPU, NaN on
-        CUDA.
+        Naming the argument. A token outside [0, V) is a ValueError with its index on CPU and under
+        PYRLK_CHECK=1, else NaN on CUDA.
     """
     z, shard = _vocab.find("logits", logits, -1, group)
     z = _check.logits(z, sharded=shard.sharded)
@@ -156,7 +157,7 @@ def score(
     """
     logprob, entropy, stats = _outputs(logits, with_entropy)
     at = rows.flat(stats.dtype)
-    if logits.device.type == "cpu":
+    if _check.reads_values(logits):
         _check.temperature_values(rows.temperatures, rows.tokens != -100)
     if shard.sharded:
 
@@ -170,6 +171,8 @@ def score(
         return logprob, entropy, stats, whole[-1]
     if logits.device.type == "cpu":
         _support.check_values(at.kept, at.vocab)
+    if logits.is_cuda:  # the CPU kernel checks what it reads
+        check_tokens(at.tokens, at.kept, at.tokens != -100, at.vocab)
     statistics(logits, at, logprob, entropy if with_entropy else None, stats)
     return logprob, entropy, stats, torch.full((), -1)
 

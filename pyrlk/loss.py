@@ -19,6 +19,7 @@ from torch import Tensor
 from . import _C, _check, _op, _plan, logprob
 from . import support as _support
 from ._plan import Inputs, Options, Plan, PolicyStats
+from ._rows import check_tokens
 from .from_logprobs import two_launches
 from .objective import DAPO, REINFORCE, TIS, Objective
 from .parallel import vocab as _vocab
@@ -110,7 +111,8 @@ def policy_loss(
         The engine's own log-probs, and TIS(...): w = exp(old − rollout), truncated, detached,
         multiplies the policy term.
     support : Support, optional
-        The kept set of each token: the policy is over it alone, the gradient outside it is 0.
+        The kept set of each token: the policy is over it alone, the gradient outside it is 0. On
+        CUDA a row that overflowed the sampler's buffer gives NaN until `support.trim()`.
     vocab_size : int, optional
         Columns from there on are padding: not read, gradient 0.
     cu_seqlens : [sequences + 1] int32 or int64, optional
@@ -133,7 +135,8 @@ def policy_loss(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument; on CPU also for values inside tensors, before anything is written.
+        Naming the argument; on CPU, and on CUDA under PYRLK_CHECK=1, also for values inside
+        tensors, before anything is written.
     RuntimeError
         On a second backward through the same loss, and on a double backward.
     """
@@ -257,6 +260,8 @@ row_kernel = _op.by_device(cpu=_rows_cpu, cuda=_rows_cuda)
 
 def _run(logits: Tensor, inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     plan = _plan.prepare(logits, inputs)
+    if logits.is_cuda:  # the CPU kernel checks what it reads
+        check_tokens(plan.tokens, plan.kept, plan.mask != 0, inputs.vocab)
     out = _plan.per_token(logits, plan, plan.tokens.numel())
     row_kernel(logits, plan, inputs.temperature, inputs.vocab, out, grad)
     return _plan.finish(plan, out)
@@ -362,7 +367,7 @@ def normalizer(
         total = weight.new_tensor(float(mask.shape[:-1].numel()))
     else:
         total = (weight.sum(-1) > 0).sum().to(torch.float64)
-    if mask.device.type == "cpu":
+    if _check.reads_values(mask):
         _check.mask_values(mask)
     ranks = 1
     if group is not None:

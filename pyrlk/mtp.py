@@ -151,7 +151,7 @@ class _Pairs(NamedTuple):
 
 def _pairs(hidden: Tensor, tokens: Tensor, mask, cu, depth: int) -> _Pairs:
     shape, count, step = tokens.shape, tokens.numel(), depth + 1
-    if hidden.device.type == "cpu":
+    if _check.reads_values(hidden):
         _check.cu_seqlens_values(cu, count)
         _check.mask_values(mask, tokens != -100)
     position = torch.arange(count, device=tokens.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _check, _op
+from ._rows import check_tokens
 
 
 def reinforce_grad(
@@ -70,6 +71,9 @@ def _grad_cuda(logits, tokens, advantages, temperature, temperatures, out):
     from .triton_kernels import policy_loss as kernels
 
     if tokens.numel():
+        if _check.reads_values(logits):
+            _check.temperature_values(temperatures, tokens != -100)
+            check_tokens(tokens.reshape(-1), None, tokens.reshape(-1) != -100, logits.shape[-1])
         tau = temperature if temperatures is None else _op.flat(temperatures, torch.float32)
         ids, scale = _op.flat(tokens, torch.int64), _op.flat(advantages, torch.float32)
         kernels.reinforce_grad(logits, ids, scale, tau, out)

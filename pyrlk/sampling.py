@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, _check, _op
+from . import _C, _check, _op, _warm
 from .parallel import sampling as _sharded
 from .parallel import vocab as _vocab
 from .parallel.rows import How, Parameters
@@ -86,8 +86,8 @@ def sample(
     return_support : bool
     support_capacity : int, optional
         Size of the id buffer. A row that does not fit gets status OVERFLOW, and its kept set as
-        bits (see `Support`). Default on CUDA: B·top_k for a host top_k > 0, else B·4096; on CPU:
-        the exact size.
+        bits (see `Support`); losses and log-probs on CUDA take such a support after `trim()`.
+        Default on CUDA: B·top_k for a host top_k > 0, else B·4096; on CPU: the exact size.
     portable : bool
         Choose by exact integer masses: token and kept set are the same bits on every device. On CPU
         they always are.
@@ -106,7 +106,7 @@ def sample(
     ------
     TypeError, ValueError
         Naming the argument. A bad value inside a parameter tensor is a ValueError with its index on
-        CPU; on CUDA that row gets status INVALID.
+        CPU; on CUDA that row gets status INVALID, or under PYRLK_CHECK=1 the same error.
     """
     z, shard = _vocab.find("logits", logits, -1, group)
     z = _check.logits(z, sharded=shard.sharded).detach()
@@ -305,6 +305,9 @@ def _run_cuda(logits, *arguments):
     """The results of `sample`, and what the kernel for supports reads."""
     from .triton_kernels import sample as kernels
 
+    if _check.reads_values(logits):
+        tau, _, p, least, *_ = arguments
+        _check_rows(tau, p, least)
     out = _outputs(logits)
     return out, kernels.sample_fwd(logits, *arguments, *out)
 
@@ -397,16 +400,16 @@ def _sample_support(
     [B, ceil(V/32)] and not [0, ceil(V/32)].
     """
     count = math.prod(logits.shape[:-1])
-    kept = _C.Support(count)
+    kept = _C.KeptSets(count)
     out = _run_cpu(
         logits, temperature, top_k, top_p, min_p, seed, position, allowed, joint, keep_ties, kept
     )
     total = kept.total()
-    ids = logits.new_empty(total if capacity < 0 else min(capacity, total), dtype=torch.int32)
+    ids = _warm.empty_ids(total if capacity < 0 else min(capacity, total))
     offsets = logits.new_empty(count + 1, dtype=torch.int64)
     bits = _empty_bits(logits, overflows)
     kept.write(
         ids.data_ptr(), ids.numel(), offsets.data_ptr(), bits.data_ptr(), bits.shape[1],
-        out[4].data_ptr(),
+        out[4].data_ptr(), _op.threads(),
     )  # fmt: skip
     return *out, ids, offsets, bits

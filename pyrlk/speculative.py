@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, _check, _op
+from . import _C, _check, _op, _warm
 from . import sampling as _sampling
 from .support import Support
 
@@ -146,7 +146,7 @@ def _verify_draft(
     if outside.any():
         _check.bad_token(int(outside.to(torch.int8).argmax()), tokens, target.shape[-1], "draft_")
     out = token, accepted, logprob, full_logprob, status = _outputs(target)
-    kept = _C.Support(token.numel() if support else 0)
+    kept = _C.KeptSets(token.numel() if support else 0)
     bad = _C.verify_draft(
         _op.rows(target, target.shape[-1]),
         None if draft is None else _op.rows(draft, target.shape[-1]),
@@ -168,8 +168,10 @@ def _verify_draft(
     )
     if bad >= 0:
         _sampling.row_value_error(bad, temperature, top_p, min_p)
-    ids = target.new_empty(kept.total(), dtype=torch.int32)
+    ids = _warm.empty_ids(kept.total())
     offsets = target.new_empty(token.numel() + 1 if support else 0, dtype=torch.int64)
     if support:
-        kept.write(ids.data_ptr(), ids.numel(), offsets.data_ptr(), 0, 0, status.data_ptr())
+        kept.write(
+            ids.data_ptr(), ids.numel(), offsets.data_ptr(), 0, 0, status.data_ptr(), _op.threads()
+        )
     return *out, ids, offsets

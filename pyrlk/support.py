@@ -23,7 +23,9 @@ class Support(NamedTuple):
     ids: int32 [N]; offsets: int64 [B + 1]. On CUDA `ids` is a buffer of host-known size, of which
     offsets[-1] entries are in use. bits: int32 [B, ceil(V/32)] or None; a row that ends beyond the
     buffer, offsets[b + 1] > N, is there instead (status OVERFLOW): bit i of word w is token
-    32·w + i. `trim()` turns these rows into ids.
+    32·w + i. `trim()` turns these rows into ids. On the CPU the losses and log-probs do so by
+    themselves; on CUDA, where that would wait for the device, such a row gives NaN until you have
+    called it, and under PYRLK_CHECK=1 a ValueError.
     """
 
     ids: Tensor
@@ -212,6 +214,13 @@ def check(
         )
     if support.bits is not None and z.device.type == "cpu":
         support = support.trim()
+    if support.bits is not None and not torch.compiler.is_compiling() and _check.reads_values(z):
+        overflows = support._in_bits()
+        if bool(overflows.any()):
+            raise ValueError(
+                f"support: row {int(overflows.int().argmax())} is bits (status OVERFLOW), which on "
+                "CUDA gives NaN; pass support.trim(), or sample with a larger support_capacity"
+            )
     ids, offsets = (
         _check.like(f"support.{n}", getattr(support, n), z, other_name) for n in ("ids", "offsets")
     )

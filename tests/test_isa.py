@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyrlk
-from pyrlk import _C
+from pyrlk import _C, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Several tiles and a ragged tail; the tail alone; one element.
@@ -137,3 +137,46 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
     before = _C.cpu_isa()
     assert not _C.set_isa("avx1024")
     assert _C.cpu_isa() == before
+
+
+def wide_rows():
+    """Rows with more candidates than a search narrows at once (2^14), and what the filters do."""
+    vocab = 40_000
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(7, vocab, generator=g) * 1e-3
+    z[1] = 0.25
+    z[2] = (torch.arange(vocab) % 5).float()  # five values: the cut lies among thousands of ties
+    z[3, 5::977] = 9.0  # most of the mass on ids that a regular sample of 512 misses
+    z[4] = torch.arange(vocab).float() * 1e-4  # ascending
+    z[5] = z[4].flip(0)
+    z[6, ::2] = -torch.inf
+    filters = [
+        {"top_p": 0.95},
+        {"top_p": 0.3, "top_k": 25_000},
+        {"top_k": 25_000},
+        {"top_p": 0.5, "top_k": 30_000, "order": "joint"},
+        {"min_p": 0.9, "top_p": 0.999},
+        {"top_p": 0.6, "ties": "keep"},
+    ]
+    return z, filters
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("case", range(6))
+def test_wide_kept_sets_are_those_of_float64(case, isa):
+    z, filters = wide_rows()
+    if not _C.set_isa(isa):
+        pytest.skip(f"this machine has no {isa}")
+    options = filters[case]
+    truth = reference.sample(z, seed=0, **options)
+    got = pyrlk.sample(z, seed=0, return_support=True, **options)
+    assert torch.equal(got.support.to_mask(z.shape[1]), truth.mask)
+    assert torch.equal(got.kept.long(), truth.mask.sum(1))
+    # The same sets where the buffer ends after the first rows: those beyond it as bits.
+    small = int(got.support.offsets[3])
+    cut = pyrlk.sample(z, seed=0, return_support=True, support_capacity=small, **options)
+    beyond = torch.arange(len(z)) >= 3
+    assert torch.equal((cut.status & 16) != 0, beyond)
+    assert torch.equal(cut.support.trim().ids, got.support.ids)
+    assert torch.equal(cut.token, got.token)
+    assert torch.equal(cut.logprob, got.logprob)

@@ -69,6 +69,14 @@ MAX_TILES = 128  # of a row: V ≤ 2^19
 SEARCH = _row.LAUNCH | {"num_warps": 4}
 _PROGRAMS = 2048  # that a launch over tiles aims at: twice what the largest devices hold
 
+# Arguments that change from call to call: lengths, and slices of per-row tensors.
+_LENGTHS = ["inner", "stride_outer", "stride_inner", "allowed_stride", "vocab_size"]
+_FILTERS = ["allowed_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
+_OVER_TILES = {
+    "do_not_specialize": [*_LENGTHS, "tiles_per_program"],
+    "do_not_specialize_on_alignment": _FILTERS,
+}
+
 
 class Workspace(NamedTuple):
     """What the kernels of one call hand on. T tiles, G spans (of whole tiles), K = CAPACITY."""
@@ -95,6 +103,26 @@ def parameters(row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr):
     valid = valid & (top_p >= 0.0) & (top_p <= 1.0) & (min_p >= 0.0) & (min_p <= 1.0)
     greedy = tau == 0.0
     return valid, greedy, tl.where(greedy, 1.0, tau), tl.where(greedy, 1, top_k), top_p, min_p
+
+
+@triton.jit
+def row_pointers(
+    row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The logits of a row, and its words of `allowed` or None."""
+    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+    if allowed_ptr is not None:
+        allowed_ptr += row * allowed_stride
+    return z_ptr, allowed_ptr
+
+
+@triton.jit
+def tiles_of_program(vocab_size, tiles_per_program, BLOCK: tl.constexpr):
+    """(first, end, tiles): what a program of a launch over tiles takes of the tiles of a row."""
+    tiles = (vocab_size + BLOCK - 1) // BLOCK
+    first = tl.program_id(1) * tiles_per_program
+    return first, tl.minimum(first + tiles_per_program, tiles), tiles
 
 
 @triton.jit
@@ -143,23 +171,7 @@ def pools_row(top_k, top_p, vocab_size, JOINT: tl.constexpr):
     return (top_p < 1.0) & (JOINT | (top_k <= 0) | (top_k >= vocab_size))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "inner",
-        "stride_outer",
-        "stride_inner",
-        "allowed_stride",
-        "vocab_size",
-        "tiles_per_program",
-    ],
-    do_not_specialize_on_alignment=[
-        "allowed_ptr",
-        "temperature_ptr",
-        "top_k_ptr",
-        "top_p_ptr",
-        "min_p_ptr",
-    ],
-)
+@triton.jit(**_OVER_TILES)
 def sample_tiles_fwd_kernel(
     logits_ptr,
     allowed_ptr,
@@ -180,11 +192,10 @@ def sample_tiles_fwd_kernel(
     SPAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * tiles_per_program
-    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-    if allowed_ptr is not None:
-        allowed_ptr += row * allowed_stride
-    tiles = (vocab_size + BLOCK - 1) // BLOCK
+    first, end, tiles = tiles_of_program(vocab_size, tiles_per_program, BLOCK)
+    z_ptr, allowed_ptr = row_pointers(
+        row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride, ALIGN
+    )
     tiles_ptr += row * tiles * 4
     spans_ptr += row * tiles * (BLOCK // SPAN)
     _, _, tau, top_k, top_p, min_p = parameters(
@@ -193,7 +204,7 @@ def sample_tiles_fwd_kernel(
     c = scale_of(tau)
     # Of all other rows the search finds it.
     counted = keeps_all(top_k, top_p, min_p, vocab_size)
-    for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+    for tile in range(first, end):
         z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK)
         m, s, _energy = tile_statistics(z, c, False)
         nan = tl.full([], 0.0, tl.float32)
@@ -216,23 +227,7 @@ def sample_tiles_fwd_kernel(
         tl.store(spans_ptr + span, top.to(spans_ptr.dtype.element_ty))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "inner",
-        "stride_outer",
-        "stride_inner",
-        "allowed_stride",
-        "vocab_size",
-        "tiles_per_program",
-    ],
-    do_not_specialize_on_alignment=[
-        "allowed_ptr",
-        "temperature_ptr",
-        "top_k_ptr",
-        "top_p_ptr",
-        "min_p_ptr",
-    ],
-)
+@triton.jit(**_OVER_TILES)
 def sample_masses_fwd_kernel(
     logits_ptr,
     allowed_ptr,
@@ -254,11 +249,10 @@ def sample_masses_fwd_kernel(
     MAX_TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * tiles_per_program
-    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-    if allowed_ptr is not None:
-        allowed_ptr += row * allowed_stride
-    tiles = (vocab_size + BLOCK - 1) // BLOCK
+    first, end, tiles = tiles_of_program(vocab_size, tiles_per_program, BLOCK)
+    z_ptr, allowed_ptr = row_pointers(
+        row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride, ALIGN
+    )
     valid, _, tau, top_k, top_p, min_p = parameters(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr
     )
@@ -268,7 +262,7 @@ def sample_masses_fwd_kernel(
     read = read | pools_row(top_k, top_p, vocab_size, JOINT)
     if valid & (m > float("-inf")) & read:
         c = mass_scale_of(tau)
-        for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+        for tile in range(first, end):
             z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK)
             mass = tl.sum(fold(mass_of(clean(z, top_is_inf), m, c)), 0)
             tl.store(masses_ptr + row * tiles + tile, mass)
@@ -369,13 +363,9 @@ def draw(
 
 
 @triton.jit(
-    do_not_specialize=["inner", "stride_outer", "stride_inner", "allowed_stride", "vocab_size"],
+    do_not_specialize=_LENGTHS,
     do_not_specialize_on_alignment=[
-        "allowed_ptr",
-        "temperature_ptr",
-        "top_k_ptr",
-        "top_p_ptr",
-        "min_p_ptr",
+        *_FILTERS,
         "seed_ptr",
         "position_ptr",
         "token_ptr",
@@ -452,9 +442,16 @@ def sample_fwd_kernel(
         empty = m == float("-inf")
         status = nan.to(tl.int32) + top_is_inf.to(tl.int32) * 2 + empty.to(tl.int32) * 4
         if m > float("-inf"):
-            z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-            if allowed_ptr is not None:
-                allowed_ptr += row * allowed_stride
+            z_ptr, allowed_ptr = row_pointers(
+                row,
+                logits_ptr,
+                allowed_ptr,
+                inner,
+                stride_outer,
+                stride_inner,
+                allowed_stride,
+                ALIGN,
+            )
             source = (z_ptr, allowed_ptr, vocab_size, list_ptr, ids_ptr, top_is_inf)
             c = scale_of(tau)
             mass_c = mass_scale_of(tau)
@@ -667,14 +664,7 @@ def sample_fwd(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "inner",
-        "stride_outer",
-        "stride_inner",
-        "allowed_stride",
-        "capacity",
-        "vocab_size",
-    ],
+    do_not_specialize=[*_LENGTHS, "capacity"],
     do_not_specialize_on_alignment=[
         "allowed_ptr",
         "kept_ptr",
@@ -722,9 +712,9 @@ def support_fwd_kernel(
         last = tl.load(found_ptr + row * 3 + 1)
         length = tl.load(found_ptr + row * 3 + 2)
         status = tl.load(status_ptr + row)
-        z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-        if allowed_ptr is not None:
-            allowed_ptr += row * allowed_stride
+        z_ptr, allowed_ptr = row_pointers(
+            row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride, ALIGN
+        )
         source = (
             z_ptr, allowed_ptr, vocab_size, list_ptr + row * CAPACITY, ids_ptr + row * CAPACITY,
             (status & 2) != 0,

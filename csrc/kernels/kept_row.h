@@ -18,6 +18,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -55,12 +56,6 @@ inline uint64_t needed_mass(float p, uint64_t total) {
   const uint64_t P = uint64_t(double(p) * 4294967296.0);
   const unsigned __int128 product = static_cast<unsigned __int128>(P) * total;
   return std::max<uint64_t>(1, uint64_t((product + 0xffffffffu) >> 32));
-}
-
-// Ascending in this key is the order of the logits, descending; −0 equals +0.
-inline uint32_t order_key(float z) {
-  const uint32_t u = bits_of(z + 0.0f);
-  return ~(u & 0x80000000u ? ~u : u | 0x80000000u);
 }
 
 // A prefix of the order: the keys below `cut`, and of those at it the `ties` lowest ids.
@@ -108,7 +103,11 @@ struct Scratch {
   Buffer<uint32_t> keys, digit_keys;
   Buffer<uint64_t> masses, digit_masses, histogram, tiles;
   std::vector<RowStats> tile_stats;
+  std::vector<std::pair<uint32_t, uint64_t>> sample;
 };
+
+// Entries that moves may write beyond the end of what they return (row.h).
+constexpr int64_t kSlack = 16;
 
 // Parts worth a thread each: waking a thread costs as much as 10^5 elements.
 inline int useful_parts(int64_t elements, int parts) {
@@ -140,13 +139,59 @@ inline void in_parts(int64_t n, int parts, Body body) {
   }
 }
 
+// Keys that hold, in all likelihood, the one at which the mass reaches `need`: the quantile of a
+// sample, and four standard deviations of its rank on each side.
+struct KeyRange {
+  uint32_t low, high;
+};
+inline KeyRange likely_range(const uint32_t* keys, const uint64_t* mass, int64_t n, uint64_t need,
+                             Scratch& s) {
+  constexpr int64_t kSample = 512, kMargin = 45;  // 2·√512
+  const int64_t step = n / kSample;
+  s.sample.resize(kSample);
+  for (int64_t i = 0; i < kSample; ++i) {
+    s.sample[i] = {keys[i * step], mass != nullptr ? mass[i * step] : 1};
+  }
+  std::sort(s.sample.begin(), s.sample.end());
+  int64_t rank = 0;
+  for (double seen = 0; rank < kSample - 1; ++rank) {
+    seen += double(s.sample[rank].second) * double(step);
+    if (seen >= double(need)) break;
+  }
+  KeyRange range{0, std::numeric_limits<uint32_t>::max()};
+  if (rank >= kMargin) range.low = s.sample[rank - kMargin].first;
+  if (rank + kMargin < kSample) range.high = s.sample[rank + kMargin].first;
+  return range;
+}
+
 // The shortest prefix of keys[0, n), in any order, whose mass reaches `need` ≥ 1; all if none does.
 // A null mass counts 1 a key.
 inline Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_t n, uint64_t need,
                               bool keep_ties, Scratch& s) {
-  s.digit_keys.resize(n);
-  s.digit_masses.resize(mass != nullptr ? n : 0);
+  const RowKernels& ops = row_kernels();
+  s.digit_keys.resize(n + kSlack);
+  s.digit_masses.resize(mass != nullptr ? n + kSlack : 0);
   uint64_t before = 0;  // mass of the keys below those left
+  const auto narrow = [&](uint32_t low, uint32_t width) {
+    n = ops.keys_within(keys, mass, n, low, width, s.digit_keys.data(), s.digit_masses.data());
+    keys = s.digit_keys.data();
+    if (mass != nullptr) mass = s.digit_masses.data();
+  };
+  if (n >= 1 << 14) {
+    const KeyRange range = likely_range(keys, mass, n, need, s);
+    const uint64_t below = ops.mass_below(keys, mass, n, range.low);
+    if (below < need) {
+      const auto [all_keys, all_mass, all] = std::tuple(keys, mass, n);
+      narrow(range.low, range.high - range.low);
+      const uint64_t inside =
+          mass != nullptr ? std::accumulate(mass, mass + n, uint64_t(0)) : uint64_t(n);
+      if (below + inside >= need) {
+        before = below;
+      } else {
+        std::tie(keys, mass, n) = std::tuple(all_keys, all_mass, all);
+      }
+    }
+  }
   while (n > 0) {
     uint32_t low = keys[0], high = keys[0];
     for (int64_t i = 0; i < n; ++i) {
@@ -171,18 +216,7 @@ inline Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_
     uint32_t digit = 0;
     while (digit < digits && before + h[digit] < need) before += h[digit++];
     if (digit == digits) return {};
-    uint32_t* digit_keys = s.digit_keys.data();
-    uint64_t* digit_masses = s.digit_masses.data();
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const bool inside = (keys[i] - low) >> shift == digit;
-      digit_keys[count] = keys[i];
-      if (mass != nullptr) digit_masses[count] = mass[i];
-      count += inside;
-    }
-    n = count;
-    keys = digit_keys;
-    if (mass != nullptr) mass = digit_masses;
+    narrow(low + (digit << shift), (1u << shift) - 1);
   }
   return {};
 }
@@ -190,12 +224,8 @@ inline Prefix shortest_prefix(const uint32_t* keys, const uint64_t* mass, int64_
 // Mass of a prefix of keys[0, n).
 inline uint64_t mass_of(const Prefix& prefix, const uint32_t* keys, const uint64_t* mass,
                         int64_t n) {
-  uint64_t below = 0;
-  int64_t tied = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    below += keys[i] < prefix.cut ? mass[i] : 0;
-    tied += keys[i] == prefix.cut;
-  }
+  const uint64_t below = row_kernels().mass_below(keys, mass, n, prefix.cut);
+  const int64_t tied = std::count(keys, keys + n, prefix.cut);
   if (tied == 0) return below;
   const uint64_t each = mass[std::find(keys, keys + n, prefix.cut) - keys];
   return below + each * uint64_t(std::min(tied, prefix.ties));
@@ -212,27 +242,34 @@ inline float round_up(double x) {
   return y < x ? std::nextafterf(y, kInfinity) : y;
 }
 
-// Ids of z_i ≥ bound, ascending, into s.ids.
-inline void select(const float* z, int64_t n, float bound, int parts, Scratch& s) {
+// Ids and logits of z_i ≥ bound, ascending, into s.ids and s.kept_logits; returns how many.
+inline int64_t select(const float* z, int64_t n, float bound, int parts, Scratch& s) {
   const auto above = std::count_if(s.group_max.begin(), s.group_max.end(),
                                    [&](float group) { return group >= bound; });
   parts = useful_parts(above * kLanes, parts);
-  // A part writes where its range begins, and may write up to kLanes entries of no meaning more.
+  // A part writes where its range begins, and up to kSlack entries beyond its end.
   s.ids.resize(n + parts * kLanes);
-  std::vector<std::pair<int32_t*, int64_t>> found(parts, {s.ids.data(), 0});
+  s.kept_logits.resize(n + parts * kLanes);
+  std::vector<std::pair<int64_t, int64_t>> found(parts, {0, 0});
   in_parts(n, parts, [&](int64_t begin, int64_t end, int part) {
-    int32_t* out = s.ids.data() + begin + part * kLanes;
-    const float* group_max = s.group_max.data() + begin / kLanes;
-    const int64_t count = row_kernels().select(z + begin, end - begin, group_max, bound, out);
-    for (int64_t i = 0; i < count; ++i) out[i] += int32_t(begin);
-    found[part] = {out, count};
+    const int64_t at = begin + part * kLanes;
+    int32_t* ids = s.ids.data() + at;
+    const int64_t count =
+        row_kernels().select(z + begin, end - begin, s.group_max.data() + begin / kLanes, bound,
+                             ids, s.kept_logits.data() + at);
+    if (begin > 0) {
+      for (int64_t i = 0; i < count; ++i) ids[i] += int32_t(begin);
+    }
+    found[part] = {at, count};
   });
   int64_t total = found[0].second;
   for (int part = 1; part < parts; ++part) {
-    std::copy_n(found[part].first, found[part].second, s.ids.data() + total);
-    total += found[part].second;
+    const auto [at, count] = found[part];
+    std::copy_n(s.ids.data() + at, count, s.ids.data() + total);
+    std::copy_n(s.kept_logits.data() + at, count, s.kept_logits.data() + total);
+    total += count;
   }
-  s.ids.resize(total);
+  return total;
 }
 
 // Which filters act on a row of n with the maximum m, and the logit of min-p.
@@ -270,57 +307,44 @@ inline float candidate_bound(const Filters& f, const Params& p, int64_t n, float
   return bound;
 }
 
-// The logits of s.ids.
-inline void take_logits(const float* z, Scratch& s) {
-  const int64_t count = int64_t(s.ids.size());
-  s.kept_logits.resize(count);
-  for (int64_t i = 0; i < count; ++i) s.kept_logits[i] = z[s.ids[i]];
-}
-
-inline void take_keys(Scratch& s) {
-  const int64_t count = int64_t(s.ids.size());
-  s.keys.resize(count);
-  for (int64_t i = 0; i < count; ++i) s.keys[i] = order_key(s.kept_logits[i]);
-}
-
-// Leaves of the candidates, ascending, those of a prefix; masses only where there are any.
-inline void keep_prefix(const Prefix& kept, Scratch& s) {
-  const int64_t count = int64_t(s.ids.size());
-  const bool weighed = !s.masses.empty();
-  int64_t size = 0, tied = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t key = s.keys[i];
-    const bool at_cut = key == kept.cut;
-    const bool stays = (key < kept.cut) | (at_cut & (tied < kept.ties));
-    tied += at_cut;
-    s.ids[size] = s.ids[i];
-    s.kept_logits[size] = s.kept_logits[i];
-    if (weighed) s.masses[size] = s.masses[i];
-    size += stays;
-  }
+// Candidates [0, size) alone are left.
+inline void keep_first(int64_t size, Scratch& s) {
   s.ids.resize(size);
   s.kept_logits.resize(size);
-  if (weighed) s.masses.resize(size);
+  s.masses.resize(size);
 }
 
-// From candidates with logits and masses to the kept set; row_mass() is the mass of the whole row.
+// Of `count` candidates, ascending, with their keys, those of a prefix.
+inline void keep_prefix(const Prefix& kept, int64_t count, Scratch& s) {
+  keep_first(row_kernels().keep_prefix(s.keys.data(), count, kept.cut, kept.ties, s.ids.data(),
+                                       s.kept_logits.data(), s.masses.data()),
+             s);
+}
+
+inline void take_keys(int64_t count, Scratch& s) {
+  s.keys.resize(count + kSlack);
+  row_kernels().order_keys(s.kept_logits.data(), count, s.keys.data());
+}
+
+// From `count` candidates with ids, logits and masses (and kSlack entries more) to the kept set;
+// row_mass() is the mass of the whole row.
 template <class RowMass>
-inline void prune(const Filters& f, const Params& p, RowMass row_mass, Scratch& s) {
-  if (!f.any()) return;
-  const int64_t count = int64_t(s.ids.size());
-  take_keys(s);
+inline void prune(const Filters& f, const Params& p, int64_t count, RowMass row_mass, Scratch& s) {
+  if (!f.any()) return keep_first(count, s);
+  take_keys(count, s);
+  const uint32_t* keys = s.keys.data();
+  const uint64_t* masses = s.masses.data();
   Prefix kept;
   if (f.top_k && count > p.top_k) {
-    kept = shortest_prefix(s.keys.data(), nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
+    kept = shortest_prefix(keys, nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
   }
   if (f.top_p) {
-    const uint64_t total =
-        f.pool_is_top_k ? mass_of(kept, s.keys.data(), s.masses.data(), count) : row_mass();
-    kept = shorter(kept, shortest_prefix(s.keys.data(), s.masses.data(), count,
-                                         needed_mass(p.top_p, total), p.keep_ties, s));
+    const uint64_t total = f.pool_is_top_k ? mass_of(kept, keys, masses, count) : row_mass();
+    kept = shorter(
+        kept, shortest_prefix(keys, masses, count, needed_mass(p.top_p, total), p.keep_ties, s));
   }
   if (f.min_p) kept = shorter(kept, {order_key(round_up(f.floor)), Prefix{}.ties});
-  keep_prefix(kept, s);
+  keep_prefix(kept, count, s);
 }
 
 // The mass of all of a row.
@@ -337,18 +361,16 @@ inline uint64_t row_mass(const float* z, int64_t n, float m, float c, int parts,
 inline void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts,
                  Scratch& s) {
   const Filters f(p, n, m);
-  select(z, n, candidate_bound(f, p, n, m, s), parts, s);
-  take_logits(z, s);
-  const int64_t count = int64_t(s.ids.size());
-  s.masses.resize(count);
+  const int64_t count = select(z, n, candidate_bound(f, p, n, m, s), parts, s);
+  s.masses.resize(count + kSlack);
   in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
     row_kernels().masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
   });
   const auto whole = [&] {
-    return count == n ? std::accumulate(s.masses.begin(), s.masses.end(), uint64_t(0))
+    return count == n ? std::accumulate(s.masses.data(), s.masses.data() + n, uint64_t(0))
                       : row_mass(z, n, m, c, parts, s);
   };
-  prune(f, p, whole, s);
+  prune(f, p, count, whole, s);
 }
 
 // out[begin, begin + size) of the row in float32.

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "kept_sets.h"
 #include "objective.h"
 #include "row.h"
 
@@ -74,7 +74,7 @@ struct SampleArgs {
   float *logprob, *full_logprob;
   int32_t* kept;
   uint8_t* status;
-  std::vector<int32_t>* support;  // [rows]: kept ids, ascending; or null
+  KeptSets* support;  // of all rows, or null
 };
 // Returns −1, or the first row whose parameters are out of range (that row gets status kInvalid).
 int64_t sample(const SampleArgs& args, int threads);
@@ -113,9 +113,9 @@ struct SelectArgs {
   float *logprob, *full_logprob;
   int32_t* kept;
   uint8_t *status, *state;
-  float* max;                     // of the whole row; 0 where it has +inf or nothing
-  double* log_sum;                // ln Σ exp((z − max)/τ) of the whole row
-  std::vector<int32_t>* support;  // [rows], or null
+  float* max;         // of the whole row; 0 where it has +inf or nothing
+  double* log_sum;    // ln Σ exp((z − max)/τ) of the whole row
+  KeptSets* support;  // of all rows, or null
 };
 void shard_select(const ShardArgs& args, const SelectArgs& select, int threads);
 
@@ -139,7 +139,7 @@ struct VerifyArgs {
   int32_t* accepted;
   float *logprob, *full_logprob;  // [B, depth + 1]; 0 after the last
   uint8_t* status;
-  std::vector<int32_t>* support;  // [B · (depth + 1)], or null
+  KeptSets* support;  // of B · (depth + 1) rows, or null
 };
 // As `sample`.
 int64_t verify_draft(const VerifyArgs& args, int threads);

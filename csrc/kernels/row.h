@@ -39,6 +39,12 @@ inline double exponent_scale(DType dtype, double temperature) {
 }
 
 // Does the row have a distribution? A NaN, a +inf or nothing but −inf makes log-probs NaN.
+// Ascending in this key is the order of the logits, descending; −0 equals +0.
+inline uint32_t order_key(float z) {
+  const uint32_t u = bits_of(z + 0.0f);
+  return ~(u & 0x80000000u ? ~u : u | 0x80000000u);
+}
+
 inline bool regular(const RowStats& s) { return !s.nan && std::isfinite(s.max); }
 
 inline double log_sum(const RowStats& s) { return std::log(s.sum); }
@@ -102,14 +108,26 @@ struct RowKernels {
   void (*widen[3])(const void* z, int64_t n, float* out);
   // Maximum of every 64 elements.
   void (*group_max)(const float* z, int64_t n, float* out);
-  // Indices of z_i ≥ threshold, ascending; a group whose maximum is below it is not read. Up to 16
-  // entries beyond the last index may be written.
+  // Indices and values of z_i ≥ threshold, ascending; a group whose maximum is below it is not
+  // read. Up to 16 entries beyond the last may be written.
   int64_t (*select)(const float* z, int64_t n, const float* group_max, float threshold,
-                    int32_t* out);
+                    int32_t* ids, float* logits);
   // w_i = floor(2^44 · 2^y_i), y_i = (z_i − m)·c: the exact mass of the sampler.
   void (*masses)(const float* z, int64_t n, float c, float m, uint64_t* out);
   // Their sums, one a tile of 4096; returns the total.
   uint64_t (*tile_masses)(const float* z, int64_t n, float c, float m, uint64_t* out);
+  void (*order_keys)(const float* z, int64_t n, uint32_t* out);
+  // Keys and masses of n candidates. Masses may be null: 1 each in a sum, not moved. The two
+  // that move read and write up to 16 entries beyond the end of an array.
+  uint64_t (*mass_below)(const uint32_t* keys, const uint64_t* masses, int64_t n, uint32_t limit);
+  // Those with a key in [low, low + width]; returns how many.
+  int64_t (*keys_within)(const uint32_t* keys, const uint64_t* masses, int64_t n, uint32_t low,
+                         uint32_t width, uint32_t* keys_out, uint64_t* masses_out);
+  // Moves those with a key below `cut`, and the first `ties` of those at it, to the front.
+  int64_t (*keep_prefix)(const uint32_t* keys, int64_t n, uint32_t cut, int64_t ties, int32_t* ids,
+                         float* logits, uint64_t* masses);
+  // Positions of the `count` bits that are set, ascending; nothing is written beyond them.
+  void (*ids_of_bits)(const uint32_t* bits, int64_t count, int32_t* ids);
 };
 
 // The kernels in use: the best this machine has, unless PYRLK_CPU_ISA or set_isa() says otherwise.

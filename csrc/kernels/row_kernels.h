@@ -138,18 +138,83 @@ void group_max(const float* z, int64_t n, float* out) {
   });
 }
 
-int64_t select_row(const float* z, int64_t n, const float* highest, float threshold, int32_t* out) {
+int64_t select_row(const float* z, int64_t n, const float* highest, float threshold, int32_t* ids,
+                   float* logits) {
   const Vec limit = splat(threshold);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
     if (!(highest[i / kLanes] >= threshold)) continue;
     for_groups(z + i, std::min<int64_t>(kLanes, n - i), [&](int64_t, const Group& g) {
       for (int k = 0; k < kVecs; ++k) {
-        count += store_lanes(out + count, at_least(g.v[k], limit), int32_t(i + k * kWidth));
+        const uint32_t lanes = bits(at_least(g.v[k], limit));
+        float x[kWidth];
+        store(x, g.v[k]);
+        move_lanes(lanes, x, logits + count);
+        count += place_lanes(lanes, int32_t(i + k * kWidth), ids + count);
       }
     });
   }
   return count;
+}
+
+void order_keys(const float* z, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = order_key(z[i]);
+}
+
+uint64_t mass_below(const uint32_t* keys, const uint64_t* masses, int64_t n, uint32_t limit) {
+  uint64_t sum = 0;
+  if (masses != nullptr) {
+    for (int64_t i = 0; i < n; ++i) sum += keys[i] < limit ? masses[i] : 0;
+  } else {
+    for (int64_t i = 0; i < n; ++i) sum += keys[i] < limit;
+  }
+  return sum;
+}
+
+// Calls body(i, lanes) for every sixteen keys; lanes past the end are none.
+template <class Body>
+inline void for_keys(int64_t n, Body body) {
+  constexpr uint32_t kAll = (1u << kWidth) - 1;
+  for (int64_t i = 0; i < n; i += kWidth)
+    body(i, n - i < kWidth ? kAll >> (kWidth - (n - i)) : kAll);
+}
+
+int64_t keys_within(const uint32_t* keys, const uint64_t* masses, int64_t n, uint32_t low,
+                    uint32_t width, uint32_t* keys_out, uint64_t* masses_out) {
+  int64_t count = 0;
+  for_keys(n, [&](int64_t i, uint32_t lanes) {
+    lanes &= in_range(keys + i, low, width);
+    if (masses != nullptr) move_lanes(lanes, masses + i, masses_out + count);
+    count += move_lanes(lanes, keys + i, keys_out + count);
+  });
+  return count;
+}
+
+int64_t keep_prefix(const uint32_t* keys, int64_t n, uint32_t cut, int64_t ties, int32_t* ids,
+                    float* logits, uint64_t* masses) {
+  int64_t count = 0;
+  for_keys(n, [&](int64_t i, uint32_t lanes) {
+    uint32_t tied = lanes & in_range(keys + i, cut, 0);
+    while (__builtin_popcount(tied) > ties) tied ^= 1u << (31 - __builtin_clz(tied));
+    ties -= __builtin_popcount(tied);
+    lanes &= tied | (cut > 0 ? in_range(keys + i, 0, cut - 1) : 0);
+    move_lanes(lanes, ids + i, ids + count);
+    move_lanes(lanes, logits + i, logits + count);
+    count += move_lanes(lanes, masses + i, masses + count);
+  });
+  return count;
+}
+
+void ids_of_bits(const uint32_t* bits, int64_t count, int32_t* ids) {
+  int64_t done = 0;
+  for (int32_t first = 0; done < count; first += kWidth) {
+    uint32_t lanes = bits[first / 32] >> (first % 32) & ((1u << kWidth) - 1);
+    if (done + kWidth <= count) {
+      done += place_lanes(lanes, first, ids + done);
+    } else {  // the next row's ids begin where these end
+      for (; lanes != 0; lanes &= lanes - 1) ids[done++] = first + int32_t(__builtin_ctz(lanes));
+    }
+  }
 }
 
 // 2^44 · 2^y is exact in float32, so that the truncating conversion is the floor.
@@ -196,7 +261,12 @@ constexpr RowKernels kernels(const char* name) {
           group_max,
           select_row,
           masses,
-          tile_masses};
+          tile_masses,
+          order_keys,
+          mass_below,
+          keys_within,
+          keep_prefix,
+          ids_of_bits};
 }
 
 }  // namespace

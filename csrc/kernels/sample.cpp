@@ -26,7 +26,7 @@ int64_t sample(const SampleArgs& a, int threads) {
       a.full_logprob[b] = float(logprob.full);
       a.kept[b] = int32_t(s.ids.size());
       a.status[b] = row.status;
-      if (a.support != nullptr) a.support[b].assign(s.ids.begin(), s.ids.end());
+      if (a.support != nullptr) a.support->set(b, s.ids.data(), int64_t(s.ids.size()));
     }
   }
   for (int64_t b = 0; b < z.count; ++b) {

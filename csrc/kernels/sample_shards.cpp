@@ -75,16 +75,16 @@ void shard_candidates(const ShardArgs& a, const int64_t* rows, int64_t count, Kn
       const float m = known.max == nullptr ? row.m : known.max[b];
       Filters f(p, known.vocab, m);
       f.top_k = f.top_k && p.top_k < z.vocab;  // else all of these columns may be of the k
-      select(row.z, z.vocab, candidate_bound(f, p, known.vocab, m, s), 1, s);
-      take_logits(row.z, s);
-      if (f.top_k && int64_t(s.ids.size()) > p.top_k) {
-        s.masses.clear();
-        take_keys(s);
-        keep_prefix(shortest_prefix(s.keys.data(), nullptr, int64_t(s.ids.size()),
-                                    uint64_t(p.top_k), p.keep_ties, s),
-                    s);
+      int64_t found = select(row.z, z.vocab, candidate_bound(f, p, known.vocab, m, s), 1, s);
+      if (f.top_k && found > p.top_k) {
+        s.masses.resize(found + kSlack);  // moved, not read
+        take_keys(found, s);
+        keep_prefix(
+            shortest_prefix(s.keys.data(), nullptr, found, uint64_t(p.top_k), p.keep_ties, s),
+            found, s);
+        found = int64_t(s.ids.size());
       }
-      const int64_t found = int64_t(s.ids.size()), sent = std::min(found, capacity);
+      const int64_t sent = std::min(found, capacity);
       to[0] = row.m;
       to[1] = float(row.full.sum);
       to[2] = float(row.full.sum - double(to[1]));
@@ -143,7 +143,7 @@ void shard_select(const ShardArgs& a, const SelectArgs& all, int threads) {
       all.token[b] = -1;
       all.kept[b] = 0;
       all.logprob[b] = all.full_logprob[b] = float(kNaN);
-      if (all.support != nullptr) all.support[b].clear();
+      if (all.support != nullptr) all.support->set(b, nullptr, 0);
       if (!drawable) continue;
       const Filters f(p, all.vocab, m);
       if (overflown) {
@@ -155,9 +155,11 @@ void shard_select(const ShardArgs& a, const SelectArgs& all, int threads) {
         all.state[b] = kNeedsMass;
         continue;
       }
-      s.masses.resize(kept);
+      s.ids.resize(kept + kSlack);
+      s.kept_logits.resize(kept + kSlack);
+      s.masses.resize(kept + kSlack);
       row_kernels().masses(s.kept_logits.data(), kept, exponent_scale(tau), m, s.masses.data());
-      prune(f, p, [&] { return all.row_mass[b]; }, s);
+      prune(f, p, kept, [&] { return all.row_mass[b]; }, s);
       const int64_t at = draw(uniform_bits(a.seed[b], a.position[b], kDraw), s);
       all.token[b] = s.ids[at];
       all.kept[b] = int32_t(s.ids.size());
@@ -173,7 +175,7 @@ void shard_select(const ShardArgs& a, const SelectArgs& all, int threads) {
                       : log_prob(row_stats(s.kept_logits.data(), DType::kFloat32, left, tau, false),
                                  z, tau));
       }
-      if (all.support != nullptr) all.support[b].assign(s.ids.begin(), s.ids.end());
+      if (all.support != nullptr) all.support->set(b, s.ids.data(), int64_t(s.ids.size()));
     }
   }
 }

@@ -114,7 +114,7 @@ int64_t verify_draft(const VerifyArgs& a, int threads) {
         a.token[t] = s.ids[at];
         a.logprob[t] = float(logprob.kept);
         a.full_logprob[t] = float(logprob.full);
-        if (a.support != nullptr) a.support[t].assign(s.ids.begin(), s.ids.end());
+        if (a.support != nullptr) a.support->set(t, s.ids.data(), int64_t(s.ids.size()));
       }
     }
   }

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <iterator>
 
+#include "lanes.h"
 #include "row.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -57,14 +58,6 @@ inline Mask and_ordered(Mask m, Vec a, Vec b) {
 }
 inline uint32_t bits(Mask a) { return a.m; }
 inline Mask at_least(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
-// Writes first + lane for every lane of the mask, ascending; returns how many. May write 16
-// entries.
-inline int store_lanes(int32_t* out, Mask a, int32_t first) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i id = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(a.m, id));
-  return __builtin_popcount(a.m);
-}
 
 #elif defined(__AVX2__)
 
@@ -197,7 +190,7 @@ inline Mask at_least(const Vec& a, const Vec& b) {
 
 #endif
 
-constexpr int kWidth = 16, kVecs = kLanes / kWidth;
+constexpr int kVecs = kLanes / kWidth;
 
 // 64 neighbours in four vectors. bfloat16 comes apart into even and odd elements (a shift and a
 // mask, no shuffle); sums over a lane do not notice, and in_order() undoes it.
@@ -314,17 +307,6 @@ inline void in_order(const Group& g, const BFloat16*, float* x) {
 
 inline void stream_end() {}
 
-#endif
-
-#if !defined(__AVX512F__)
-// Writes first + lane for every lane of the mask, ascending; returns how many.
-inline int store_lanes(int32_t* out, const Mask& a, int32_t first) {
-  int count = 0;
-  for (uint32_t hit = bits(a); hit != 0; hit &= hit - 1) {
-    out[count++] = first + int32_t(__builtin_ctz(hit));
-  }
-  return count;
-}
 #endif
 
 // y clipped below at −127, where exp2 is exactly 0; NaN (−inf − −inf) becomes −127 as well.

@@ -2,6 +2,7 @@
 // sanitizers (make test-sanitize) to watch. Rows are wide enough that the work is really shared.
 #include "kernels/kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -93,7 +94,9 @@ void draws_replay_whatever_the_threads() {
     std::vector<float> logprob = std::vector<float>(kRows), full = std::vector<float>(kRows);
     std::vector<std::int32_t> kept = std::vector<std::int32_t>(kRows);
     std::vector<std::uint8_t> status = std::vector<std::uint8_t>(kRows);
-    std::vector<std::vector<std::int32_t>> support{kRows};
+    KeptSets support{kRows};
+    std::vector<std::int32_t> ids;
+    std::vector<std::int64_t> offsets = std::vector<std::int64_t>(kRows + 1);
   };
   Out one, many;
   for (auto [out, threads] : {std::pair<Out*, int>{&one, 1}, {&many, 4}}) {
@@ -112,14 +115,19 @@ void draws_replay_whatever_the_threads() {
                           out->full.data(),
                           out->kept.data(),
                           out->status.data(),
-                          out->support.data()};
+                          &out->support};
     CHECK(sample(args, threads) == -1);
+    out->ids.resize(out->support.total());
+    out->support.write(out->ids.data(), out->support.total(), out->offsets.data(), nullptr, 0,
+                       out->status.data(), threads);
   }
   CHECK(one.token == many.token && one.logprob == many.logprob && one.kept == many.kept);
-  CHECK(one.support == many.support);
+  CHECK(one.ids == many.ids && one.offsets == many.offsets);
   for (std::int64_t t = 0; t < kRows; ++t) {
     CHECK(one.status[t] == 0 && one.token[t] >= 0 && one.token[t] < kVocab);
-    CHECK(static_cast<std::size_t>(one.kept[t]) == one.support[t].size());
+    const std::int64_t begin = one.offsets[t], end = one.offsets[t + 1];
+    CHECK(one.kept[t] == end - begin);
+    CHECK(std::binary_search(&one.ids[begin], &one.ids[end - 1] + 1, one.token[t]));
     CHECK(close(one.full[t], c.logits[t * kWidth + one.token[t]] - c.lse(t)));
   }
 }

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _C, _op
+from .. import _C, _op, _warm
 from ..support import Support
 from . import digits
 from . import vocab as _vocab
@@ -148,7 +148,7 @@ class _Selection:
         self.drawn = Drawn(token, logprob, full, kept, status, None)
         self.state, self.max = empty(torch.uint8), empty(torch.float32)
         self.log_sum = empty(torch.float64)
-        self._kept = _C.Support(count) if rows.how.support else None
+        self._kept = _C.KeptSets(count) if rows.how.support else None
 
     def select(self, row_mass: Tensor | None) -> None:
         """All rows; once their masses are known, those whose state says that they wait for them."""
@@ -166,10 +166,11 @@ class _Selection:
         kept = self._kept
         if kept is None:
             return None
-        ids = torch.empty(kept.total(), dtype=torch.int32)
+        ids = _warm.empty_ids(kept.total())
         offsets = torch.empty(len(self.state) + 1, dtype=torch.int64)
         status = self.drawn.status.data_ptr()
-        kept.write(ids.data_ptr(), ids.numel(), offsets.data_ptr(), 0, 0, status)
+        where = ids.data_ptr(), ids.numel(), offsets.data_ptr()
+        kept.write(*where, 0, 0, status, self.rows.threads)
         return Support(ids, offsets)
 
 

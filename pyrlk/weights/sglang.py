@@ -77,12 +77,18 @@ class SGLang(Target):
     def open(self, patience: float, timeout: float) -> Session:
         server = Server(self.url, self.api_key, timeout)
         info = server.wait(patience)
+        sessions = server.look()
         if self.mode == "plan" and not info.loader:
             raise Unsupported(
                 f"{server.url} does not know our loader: start it with --custom-weight-loader "
                 f'{LOADER} and pyrlk on its PYTHONPATH, or use mode="bucket"'
             )
+        if self.mode == "plan" and not sessions:
+            raise Unsupported(
+                f"{server.url} (SGLang {info.release}) has no /begin_weight_update: such an older "
+                'server takes mode="bucket" alone'
+            )
         settings = Settings(self.pause, self.expect, self.unchecked_names)
-        if self.mode == "bucket" or not info.loader:
+        if self.mode == "bucket" or not (info.loader and sessions):
             return BucketSession(settings, server, info)
         return PlanSession(settings, server, info, timeout)

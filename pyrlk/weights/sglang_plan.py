@@ -401,7 +401,7 @@ class _Post:
 
     def __init__(self, server: Server, payloads: list[str], selector: str, timeout: float):
         self._server = Server(server.url, server.http.api_key, timeout)
-        self._server.sessions = server.sessions
+        self._server.sessions, self._server.ranks = server.sessions, server.ranks
         self._error: UpdateError | None = None
         self.done, self._write = socket.socketpair()
         self._thread = threading.Thread(

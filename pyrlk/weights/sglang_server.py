@@ -158,13 +158,18 @@ def _refuse(raw: dict[str, Any]) -> None:
 
 
 class Server:
-    """The steps of an update, each checked; `None` where an older server lacks the endpoint."""
+    """The steps of an update, each checked.
+
+    A server without /begin_weight_update (404) speaks the older dialect: /post_process_weights
+    before and after the weights where it has that, else neither; no selector.
+    """
 
     def __init__(self, url: str, api_key: str | None, timeout: float):
         self.http = Http(url, api_key, timeout)
         self.url = self.http.url
         self._timeout = timeout
-        self.sessions = True  # False: an older server, without begin and end
+        self.sessions = True  # False: the older dialect
+        self.ranks = 0  # payloads a request, once /server_info was read
 
     def wait(self, patience: float) -> Info:
         """/server_info, waiting for a server that is still starting."""
@@ -178,7 +183,14 @@ class Server:
                 time.sleep(0.1)
 
     def info(self) -> Info:
-        return Info.read(self._json("GET", "/server_info"))
+        info = Info.read(self._json("GET", "/server_info"))
+        self.ranks = info.tp_size
+        return info
+
+    def look(self) -> bool:
+        """Whether it has begin and end; the GET changes nothing (405 there, 404 elsewhere)."""
+        self.sessions = self.http.request("GET", "/begin_weight_update")[0] != 404
+        return self.sessions
 
     def version(self) -> str:
         """The weight version that the server answers under."""
@@ -220,6 +232,7 @@ class Server:
             )
             if status == 404:
                 self.sessions = False
+                self._post_process(before=True)
                 return
             if status == 200:
                 return
@@ -236,11 +249,28 @@ class Server:
     def end(self) -> None:
         if self.sessions:
             self._ok("/end_weight_update", {})
+        else:
+            self._post_process(before=False)
+
+    def _post_process(self, *, before: bool) -> None:
+        """The older dialect: weights as load_weights wants them, and back as kernels want them."""
+        body = {"restore_weights_before_load": before, "post_process_quantization": not before}
+        self._ok("/post_process_weights", body, missing=True)
 
     def update(
         self, payloads: list[str], load_format: str, selector: str, version: str | None = None
     ) -> None:
-        """One /update_weights_from_tensor; `payloads` holds one a tensor-parallel rank."""
+        """One /update_weights_from_tensor; `payloads` holds one a tensor-parallel rank.
+
+        Raises
+        ------
+        Unsupported
+            Another number of payloads: the server would die of it.
+        """
+        if len(payloads) != self.ranks:
+            raise Unsupported(
+                f"{self.url} has --tp-size {self.ranks}, got {len(payloads)} payloads: one a rank"
+            )
         body = {
             "serialized_named_tensors": payloads,
             "load_format": load_format,

@@ -3,6 +3,7 @@
 The parent never uses OpenMP or shared memory: a forked child could not use them after that.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -15,17 +16,20 @@ from pyrlk import weights
 from pyrlk.weights import memory, sglang_plan, sglang_server
 
 
-def die(*args, **kwargs):
+def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def after(owner, name):
-    """Let owner.name do its work, then die."""
+def after(owner, name, times=1):
+    """Let owner.name do its work so often, then die."""
     method = getattr(owner, name)
+    calls = itertools.count(1)
 
     def wrapped(*args, **kwargs):
-        method(*args, **kwargs)
-        die()
+        result = method(*args, **kwargs)
+        if next(calls) == times:
+            die()
+        return result
 
     setattr(owner, name, wrapped)
 
@@ -41,6 +45,7 @@ STATES = {
     "handed over": lambda: after(sglang_plan.PlanSession, "_send"),
     "updated": lambda: after(sglang_server.Server, "update"),
     "ended": lambda: after(sglang_server.Server, "end"),
+    "versioned": lambda: after(sglang_server.Server, "set_version", 2),
 }
 
 

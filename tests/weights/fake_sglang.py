@@ -2,6 +2,7 @@
 
 A worker is a model with load_weights; in plan mode each rank calls our loader, in its own thread.
 `calls` holds the steps in their order. `fail[path] = status` makes an endpoint fail.
+`lacks` names endpoints that an older server does not have.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from torch import nn
 from pyrlk.weights import sglang_loader
 from pyrlk.weights.sglang_server import LOADER
 
+# Since sessions came, /post_process_weights is gone.
+CURRENT = frozenset({"post_process_weights"})
+NO_SESSIONS = frozenset({"begin_weight_update", "end_weight_update"})
+
 
 class FakeSGLang:
-    def __init__(self, *workers: nn.Module, sessions=True, api_key=None, **info):
+    def __init__(self, *workers: nn.Module, lacks=CURRENT, api_key=None, **info):
         self.workers = workers
-        self.sessions = sessions
+        self.lacks = lacks
+        self.sessions = "begin_weight_update" not in lacks
         self.api_key = api_key
         self.info = {
             "tp_size": len(workers),
@@ -54,22 +60,21 @@ class FakeSGLang:
         self._server.server_close()
         self._thread.join()
 
-    def answer(self, path, body):
+    def answer(self, method, path, body):
         """(status, body) of a request."""
         if path == "/server_info":
             return 200, self.info
         if path == "/model_info":
             return 200, {"weight_version": self.version}
-        self.calls.append(path.strip("/"))
+        name = path.strip("/")
+        if name in self.lacks:
+            return 404, {"detail": "Not Found"}
+        if method == "GET":
+            return 405, {"detail": "Method Not Allowed"}
+        self.calls.append(name)
         if path in self.fail:
             return self.fail[path], {"success": False, "message": "made to fail"}
-        if not self.sessions and path in (
-            "/begin_weight_update",
-            "/end_weight_update",
-            "/update_weight_version",
-        ):
-            return 404, {"detail": "Not Found"}
-        return getattr(self, path.strip("/"))(body)
+        return getattr(self, name)(body)
 
     def pause_generation(self, body):
         assert body["mode"] in ("abort", "retract", "in_place")
@@ -102,6 +107,12 @@ class FakeSGLang:
         self.open = False
         return 200, {"success": True}
 
+    def post_process_weights(self, body):
+        restore, process = body["restore_weights_before_load"], body["post_process_quantization"]
+        assert restore is not process
+        self.calls[-1] += " restore" if restore else " process"
+        return 200, {"success": True}
+
     def update_weights_from_tensor(self, body):
         payloads = body["serialized_named_tensors"]
         # The real one dies of this.
@@ -109,6 +120,7 @@ class FakeSGLang:
         if not self.open and self.sessions:
             return 400, {"success": False, "message": "must run between begin and end"}
         assert body["flush_cache"] is False
+        assert self.sessions or "selector" not in body
         threads = [
             threading.Thread(target=self._work, args=(worker, payload, body["load_format"]))
             for worker, payload in zip(self.workers, payloads, strict=True)
@@ -148,7 +160,9 @@ class FakeSGLang:
                 if wanted and self.headers.get("Authorization") != wanted:
                     status, body = 401, {"error": "Unauthorized"}
                 else:
-                    status, body = fake.answer(self.path, json.loads(raw) if raw else {})
+                    status, body = fake.answer(
+                        self.command, self.path, json.loads(raw) if raw else {}
+                    )
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))

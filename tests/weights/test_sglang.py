@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from engines import Derived, Forgetful, Fused, Raising, Rebinding, Scaled
-from fake_sglang import FakeSGLang
+from fake_sglang import NO_SESSIONS, FakeSGLang
 
 from pyrlk import weights
 from pyrlk.weights.sglang_server import LOADER, Lock
@@ -312,13 +312,57 @@ def test_the_api_key_is_sent():
             p.update(Fused.checkpoint(0), version=1)
 
 
-def test_an_older_server_gets_its_version_with_the_last_bucket():
+OLDER = {
+    "slime's": NO_SESSIONS,
+    "without post-processing": NO_SESSIONS | {"post_process_weights"},
+    "oldest": NO_SESSIONS | {"post_process_weights", "update_weight_version"},
+}
+
+
+@pytest.mark.parametrize("dialect", OLDER)
+def test_the_older_dialect(dialect):
+    """No session, no selector; what the server lacks is left out, the rest keeps its order."""
     worker = Fused()
-    with FakeSGLang(worker, sessions=False) as fake:
-        with publisher(fake, "bucket", bucket_bytes=1 << 10) as p:
-            p.update(Fused.checkpoint(0), version=3)
+    with FakeSGLang(worker, lacks=OLDER[dialect]) as fake:
+        with publisher(fake, "auto", bucket_bytes=1 << 10) as p:
+            report = p.update(Fused.checkpoint(0), version=3)
+        assert report.mode == "bucket"  # although the server names our loader
         assert same(worker, Fused.checkpoint(0))
         assert (fake.version, fake.paused) == ("3", False)
+        updates = ["update_weights_from_tensor"] * report.buckets
+        calls = [
+            "pause_generation",
+            "flush_cache",
+            "update_weight_version pyrlk-updating:3",
+            "post_process_weights restore",
+            *updates,
+            "post_process_weights process",
+            "update_weight_version 3",
+            "continue_generation",
+        ]
+        assert fake.calls == [c for c in calls if c.split()[0] not in OLDER[dialect]]
+        with publisher(fake, "plan") as p, pytest.raises(weights.Unsupported, match="bucket"):
+            p.update(Fused.checkpoint(1), version=4)
+
+
+def test_the_oldest_dialect_shows_a_version_with_the_last_bucket():
+    worker = Fused()
+    with FakeSGLang(worker, lacks=OLDER["oldest"]) as fake, publisher(fake, "bucket") as p:
+        p.update(Fused.checkpoint(0), version=3)
+        update = fake.update_weights_from_tensor
+        seen = []
+
+        def watched(body):
+            answer = update(body)
+            seen.append(fake.version)
+            return answer
+
+        fake.update_weights_from_tensor = watched
+        p.close()
+        with publisher(fake, "bucket", bucket_bytes=1 << 10) as small:
+            small.update(Fused.checkpoint(1), version=4)
+        assert seen == ["3"] * (len(seen) - 1) + ["4"]
+        assert len(seen) > 1
 
 
 def test_a_restarted_server_is_planned_anew():

@@ -2,7 +2,8 @@
 
 torchvision's wheel is linked against CUDA: beside a CPU torch its operators are undeclared, and its
 import dies of that. Faults: with PYRLK_TEST_FAULTS=FOLDER, load_weights of Qwen3 raises on the rank
-whose file FOLDER/raise-<rank> exists, after its first tensors.
+whose file FOLDER/raise-<rank> exists, after its first tensors; after as many passes as that file
+has bytes.
 """
 
 import importlib.abc
@@ -26,9 +27,6 @@ class _Torchvision(importlib.abc.MetaPathFinder):
 
 
 class _Faults(importlib.abc.MetaPathFinder):
-    def __init__(self, folder):
-        self.folder = folder
-
     def find_spec(self, name, path=None, target=None):
         if name != "sglang.srt.models.qwen3":
             return None
@@ -45,16 +43,18 @@ class _Faults(importlib.abc.MetaPathFinder):
 
     def wrap(self, model):
         load_weights = model.load_weights
-        folder = self.folder
 
         def faulty(self, weights):
             import torch.distributed as dist
 
-            path = os.path.join(folder, f"raise-{dist.get_rank()}")
+            path = f"{os.environ['PYRLK_TEST_FAULTS']}/raise-{dist.get_rank()}"
+            left = os.path.getsize(path) if os.path.exists(path) else -1
+            if left > 0:
+                os.truncate(path, left - 1)
 
             def some():
                 for count, pair in enumerate(weights):
-                    if count == 3 and os.path.exists(path):
+                    if count == 3 and left == 0:
                         raise RuntimeError("injected into load_weights")
                     yield pair
 
@@ -65,4 +65,4 @@ class _Faults(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, _Torchvision())
 if os.environ.get("PYRLK_TEST_FAULTS"):
-    sys.meta_path.insert(0, _Faults(os.environ["PYRLK_TEST_FAULTS"]))
+    sys.meta_path.insert(0, _Faults())
