@@ -1,12 +1,13 @@
-# demo · demo-distributed · test · test-slow · test-sglang · test-gpu · test-peers · test-endurance · test-sanitize · bench · bench-sglang · lint · docs: each sets up what it needs in .venv.
+# demo · demo-distributed · test · test-slow · test-sglang · test-gpu · sanitize-gpu · dry-gpu · test-peers · test-endurance · test-sanitize ·
+# bench · bench-gpu · bench-sglang · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo demo-distributed test test-slow sglang-env test-sglang bench-sglang test-gpu test-peers
-.PHONY: test-endurance test-sanitize bench bench-gpu lint docs clean
+.PHONY: setup build demo demo-distributed test test-slow sglang-env test-sglang bench-sglang test-gpu sanitize-gpu dry-gpu
+.PHONY: test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -52,6 +53,14 @@ test-sanitize: $(READY)
 
 test-gpu: build
 	$(BIN)/pytest tests -m gpu $(ARGS)
+
+# compute-sanitizer (memcheck, racecheck, initcheck, synccheck) over every kernel, on short rows.
+sanitize-gpu: build
+	$(BIN)/python tests/gpu/sanitize.py $(ARGS)
+
+# The gpu tests and benches on a device that is not there: small, in Triton's interpreter.
+dry-gpu: build
+	$(BIN)/pytest tests/test_gpu_dry.py $(ARGS)
 
 # The frameworks have many dependencies: they stay out of .venv. verl's losses need none of its own.
 PEERS := .venv-peers

@@ -17,6 +17,8 @@ from .measure import interleaved, peak_bytes
 
 GATE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 ERROR_ROWS = 32
+SHAPES = {"cpu": (512, 1024, 32000), "cuda": (8192, 4096, 151936)}  # T, H, V
+QUICK = 64, 256, 8000
 
 
 class Case:
@@ -118,9 +120,6 @@ def run(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, *, r
 
 def main(device: str, quick: bool) -> list[dict]:
     """A small head on CPU, Qwen3's on a GPU."""
-    if device == "cuda":
-        shape = (8192, 4096, 151936)
-    else:
-        shape = (64, 256, 8000) if quick else (512, 1024, 32000)
+    shape = QUICK if quick else SHAPES[device]
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     return [run(*shape, dtype, device, rounds=3 if quick else 5) for dtype in dtypes]

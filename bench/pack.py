@@ -121,7 +121,7 @@ def small_tensors(count: int, *, rounds: int) -> dict:
         reports: list[weights.UpdateReport] = []
         with weights.Publisher(weights.Local(path)) as publisher:
 
-            def update(source: weights.publisher.NamedTensors) -> None:
+            def update(source: weights.source.NamedTensors) -> None:
                 reports.append(publisher.update(source, version=len(reports)))
 
             times = interleaved(

@@ -14,6 +14,8 @@ from pyrlk import reference
 
 from .measure import interleaved
 
+VOCAB, QUICK = 151936, 32000
+ROWS = {"cpu": (1, 64), "cuda": (1, 64, 512)}
 # Spread of the logits and filters by name.
 CASES: dict[str, tuple[float, dict]] = {
     "sample top-k 50 + top-p 0.95": (3.0, {"top_k": 50, "top_p": 0.95}),
@@ -75,9 +77,8 @@ def run(op: str, rows: int, vocab: int, device: str, *, rounds: int) -> dict:
 
 def main(device: str, quick: bool) -> list[dict]:
     """B = 1 and 64 (and 512 on a GPU), flat rows at 64."""
-    vocab = 32000 if quick else 151936
+    vocab, sizes = QUICK if quick else VOCAB, ROWS[device]
     usual, flat = CASES
-    sizes = [1, 64] if device == "cpu" else [1, 64, 512]
     rounds = 5 if quick else 9
     rows = [run(usual, b, vocab, device, rounds=rounds) for b in sizes]
-    return [*rows, run(flat, 64, vocab, device, rounds=rounds)]
+    return [*rows, run(flat, min(64, sizes[-1]), vocab, device, rounds=rounds)]

@@ -19,6 +19,9 @@ from pyrlk import reference
 from .measure import interleaved
 from .policy_loss import Graph
 
+SHAPE, QUICK = (4096, 32000, 256), (256, 4096, 16)  # the longest T, its V, T where V grows
+NEW_LENGTHS = range(256, 116, -7)  # twenty
+
 
 class Shape:
     """Rows of one shape in memory that all shapes share."""
@@ -79,12 +82,11 @@ def sweep(name: str, shapes: list[tuple[int, int]], device: str, rounds: int) ->
     return row | {"points": points}
 
 
-def new_lengths(vocab: int, longest: int, device: str) -> dict:
+def new_lengths(vocab: int, lengths: range, device: str) -> dict:
     """First call of a length against the calls after it; compiled graphs for all lengths."""
-    lengths = [longest - 7 * i for i in range(20)]
-    pool = memory(longest * vocab, device)
+    pool = memory(lengths[0] * vocab, device)
     cases = [Shape(pool, r, vocab) for r in lengths]
-    warm = Shape(pool, longest + 1 - 7 * 20, vocab)
+    warm = Shape(pool, lengths.stop, vocab)
     for _ in range(3):
         warm.step()
     first, again = [], []
@@ -99,7 +101,7 @@ def new_lengths(vocab: int, longest: int, device: str) -> dict:
         compiled(case.logits, case.tokens, case.old, case.advantages)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return {
-        "op": "dapo_loss, 20 new lengths",
+        "op": f"dapo_loss, {len(lengths)} new lengths",
         "shape": [lengths[0], vocab],
         "dtype": "float32",
         "loss_error": gate(cases[0].logits.normal_()),
@@ -122,12 +124,12 @@ def _seconds(call, device: str) -> float:
 
 def main(device: str, quick: bool) -> list[dict]:
     """Lengths, vocabularies, new lengths."""
-    longest, vocab, few = (256, 4096, 16) if quick else (4096, 32000, 256)
+    longest, vocab, few = QUICK if quick else SHAPE
     lengths = [64 * 2**i for i in range(20) if 64 * 2**i <= longest]
-    vocabularies = [8**i for i in range(20) if 8**i <= (4096 if quick else 262144)]
+    vocabularies = [8**i for i in range(20) if 8**i <= (vocab if quick else 262144)]
     rounds = 3 if quick else 9
     return [
         sweep("dapo_loss in place, T grows", [(t, vocab) for t in lengths], device, rounds),
         sweep("dapo_loss in place, V grows", [(few, v) for v in vocabularies], device, rounds),
-        new_lengths(vocab, 256, device),
+        new_lengths(vocab, NEW_LENGTHS, device),
     ]

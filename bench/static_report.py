@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pyrlk.bench.sass import Sweep, find_sweeps, shortest_trip
-from pyrlk.triton_kernels import kept, logprob, policy_loss, row, sample, schedule
+from pyrlk.triton_kernels import kept, logprob, pack, policy_loss, row, sample, schedule
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,7 +39,16 @@ TARGETS = {
 }
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-_INT64 = ("tokens_ptr", "token_ptr", "top_k_ptr", "seed_ptr", "position_ptr", "masses_ptr")
+_INT64 = (
+    "tokens_ptr",
+    "token_ptr",
+    "top_k_ptr",
+    "seed_ptr",
+    "position_ptr",
+    "masses_ptr",
+    "table_ptr",
+    "sums_ptr",
+)
 _INT32 = (
     "kept_ptr",
     "ids_ptr",
@@ -48,6 +57,7 @@ _INT32 = (
     "found_ptr",
     "support_ids_ptr",
     "arrived_ptr",
+    "owner_ptr",
 )
 _POINTERS = (
     dict.fromkeys(_INT64, "*i64")
@@ -76,6 +86,7 @@ _DAPO = _NUMBER | {
 _ALL = {"CLIPPED": True, "KL": 3, "KL_IMPORTANCE": True, "ENTROPY": True, "ENTROPY_BONUS": True}
 _REINFORCE = _DAPO | {"CLIPPED": False, "old_logprobs_ptr": None}
 
+_PACK = {"CHUNK": pack.CHUNK, "BLOCK": pack.BLOCK, "WORDS": pack.WORDS}
 _LOSS = policy_loss.policy_loss_fwd_kernel
 _SCORE, _SCORE_BACK = logprob.token_logprobs_fwd_kernel, logprob.token_logprobs_bwd_kernel
 _ALONE = _NUMBER | {"exchange_ptr": None}
@@ -103,6 +114,9 @@ VARIANTS: list[tuple] = [
     ("sample_fwd", sample.sample_fwd_kernel, _SEARCH | {"EXACT": False}),
     ("sample_fwd exact", sample.sample_fwd_kernel, _SEARCH | {"EXACT": True}),
     ("support_fwd", sample.support_fwd_kernel, _FREE | {"BLOCK": row.TILE // 2}),
+    ("pack_fwd", pack.pack_fwd_kernel, _PACK | {"COPY": True, "SUM": True}),
+    ("pack_fwd sums", pack.pack_fwd_kernel, _PACK | {"COPY": False, "SUM": True}),
+    ("pack_fwd copy", pack.pack_fwd_kernel, _PACK | {"COPY": True, "SUM": False}),
 ]
 
 
@@ -155,7 +169,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         else:
             signature[name] = parameter.annotation_type or "fp32"
     capability = TARGETS[target].arch if target.startswith("sm_") else 0
-    options = row.LAUNCH
+    options = pack.LAUNCH if kernel is pack.pack_fwd_kernel else row.LAUNCH
     if kernel is sample.sample_fwd_kernel:
         options = sample.SEARCH | row.registers(4, capability)
     elif kernel in (_LOSS, _SCORE) and _wide(constants):
@@ -198,7 +212,7 @@ def row_offset_bits(ttir: str) -> int:
         # Quotients and remainders are row numbers: there a product is none of the offset.
         if operation in ("arith.muli", "arith.addi", "arith.extsi"):
             todo += operands
-    return min(widths)
+    return min(widths, default=64)
 
 
 def _read_nvidia(compiled):

@@ -190,9 +190,9 @@ def small_tensors(url: str, rounds: int) -> dict:
     with engine.publisher("plan") as publisher:
         for _ in range(3):
             publisher.update(engine.tensors, version=engine.version())
-        for round in range(rounds):
+        for turn in range(rounds):
             # Without one tensor it is another manifest: recorded, and loaded by load_weights.
-            some = {n: engine.tensors[n] for n in names if n != names[-1 - round]}
+            some = {n: engine.tensors[n] for n in names if n != names[-1 - turn]}
             report = publisher.update(some, version=engine.version(), partial=True)
             assert report.planned == 0
             loaded.append(report.seconds["copy"] * 1e3)
@@ -300,16 +300,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--write", metavar="FOLDER", help="also write sglang-cpu.json there")
     args = parser.parse_args()
-    rows = [replay(3 * args.rounds)]
     facts = measure.conditions("cpu")
+    rows: list[dict] = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        print(json.dumps(row, indent=1), flush=True)
+
+    add(replay(3 * args.rounds))
     if args.large:
         facts["sglang"] = Server(args.large, None, 30.0).info().release
-        rows.append(updates(args.large, args.rounds))
+        add(updates(args.large, args.rounds))
     if args.small:
-        rows.append(small_tensors(args.small, args.rounds))
+        add(small_tensors(args.small, args.rounds))
     result = {"conditions": facts, "rows": rows}
     print(table.markdown(result))
-    print(json.dumps(rows, indent=1))
     if args.write:
         file = Path(args.write) / "sglang-cpu.json"
         file.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "memory/assemble.h"
 #include "memory/cuda_driver.h"
 #include "memory/dlpack.h"
 #include "memory/memfd.h"
@@ -398,6 +399,49 @@ void bind_memory(py::module_& module) {
         const py::gil_scoped_release nogil;
         pyrlk::unpack(pointer(buffer), bytes, pieces.data(), pieces.size(), threads,
                       checksum ? sums.data() : nullptr);
+        return sums;
+      },
+      py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),
+      py::arg("checksum"), py::arg("threads"));
+  // forms: of each whole offset, itemsize, ndim, parts, sizes, and behind it of each part starts,
+  // sizes, strides; addresses: of the parts.
+  module.def(
+      "assemble",
+      [](Address buffer, std::uint64_t bytes, const py::buffer& forms, const py::buffer& addresses,
+         bool checksum, int threads) {
+        auto [at, end] = numbers(forms);
+        auto [address, last] = numbers(addresses);
+        std::vector<pyrlk::Whole> wholes;
+        std::vector<pyrlk::Part> parts;
+        parts.reserve(static_cast<std::size_t>(last - address));
+        while (at != end) {
+          const std::int64_t ndim = end - at < 4 ? 0 : at[2], count = end - at < 4 ? -1 : at[3];
+          if (ndim < 1 || ndim > pyrlk::kMaxDims || count < 0 || count > last - address ||
+              end - at < 4 + ndim * (1 + 3 * count)) {
+            throw py::value_error("a whole has offset, itemsize, ndim (1 to 16), parts, sizes");
+          }
+          pyrlk::Whole whole{};
+          whole.offset = static_cast<std::uint64_t>(at[0]);
+          whole.itemsize = static_cast<std::int32_t>(at[1]);
+          whole.ndim = static_cast<std::int32_t>(ndim);
+          whole.parts = static_cast<std::size_t>(count);
+          std::copy_n(at + 4, ndim, whole.sizes);
+          at += 4 + ndim;
+          wholes.push_back(whole);
+          for (std::int64_t p = 0; p < count; ++p, at += 3 * ndim) {
+            pyrlk::Part part{};
+            part.data = pointer(static_cast<Address>(*address++));
+            std::copy_n(at, ndim, part.starts);
+            std::copy_n(at + ndim, ndim, part.sizes);
+            std::copy_n(at + 2 * ndim, ndim, part.strides);
+            parts.push_back(part);
+          }
+        }
+        if (address != last) throw py::value_error("more addresses than parts");
+        Sums sums(checksum ? wholes.size() : 0);
+        const py::gil_scoped_release nogil;
+        pyrlk::assemble(pointer(buffer), bytes, wholes.data(), wholes.size(), parts.data(),
+                        parts.size(), threads, checksum ? sums.data() : nullptr);
         return sums;
       },
       py::arg("buffer"), py::arg("buffer_bytes"), py::arg("forms"), py::arg("addresses"),

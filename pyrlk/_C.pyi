@@ -188,6 +188,17 @@ def unpack(
     checksum: bool,
     threads: int,
 ) -> list[int]: ...
+
+# forms: of each whole tensor offset, itemsize, ndim, parts, sizes, and behind it of each part
+# starts, sizes, strides in elements; addresses: of the parts.
+def assemble(
+    buffer: int,
+    buffer_bytes: int,
+    forms: _Numbers,
+    addresses: _Numbers,
+    checksum: bool,
+    threads: int,
+) -> list[int]: ...
 def checksum(buffer: int, buffer_bytes: int, ranges: _Numbers, threads: int) -> list[int]: ...
 
 class Replay:

@@ -246,6 +246,9 @@ def mask_values(x: Tensor | None, counted: Tensor | bool = True) -> None:
     """Weights are finite and ≥ 0 where `counted`."""
     if x is None or x.dtype == torch.bool or x.numel() == 0:
         return
+    least, most = (float(bound) for bound in x.aminmax())
+    if least >= 0 and most < math.inf:
+        return
     bad = (counted & ~((x >= 0) & (x < math.inf))).reshape(-1)
     if bad.any():
         at = int(bad.to(torch.int8).argmax())

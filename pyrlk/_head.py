@@ -328,7 +328,7 @@ def _attach_backward(ctx, factor):
     needed = ctx.needs_input_grad[:3]
     for grad, wanted in zip(grads, needed, strict=True):
         if wanted:
-            _op.scale_(grad, factor * unit)
+            _op.scale_gradient(grad, factor * unit)
     return *hand_over(grads, needed, ctx.weight, ctx.dtype), *(None,) * 5
 
 

@@ -49,9 +49,57 @@ def op(
         if cuda is not None:
             made.register_kernel("cuda")(packed(cuda))
         made.register_fake(packed(fake))
-        return made
+        return made if mutates else _Eager(made, body, cuda or body, pack)
 
     return register
+
+
+class _Eager:
+    """An op that is called without torch.library where nobody would see a difference.
+
+    The dispatcher's way round through Python takes longer than a small kernel: 0.05 ms an op. It is
+    taken under a compiler, a mode, a transform, and with subclasses of Tensor.
+    """
+
+    def __init__(self, made: Any, cpu: Callable, cuda: Callable, pack: Callable):
+        self._made = made
+        self._function: Any = None  # the same as one of autograd
+        self._body = lambda *args: (cuda if args[0].is_cuda else cpu)(*pack(args))
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable | None = None):
+        self._made.register_autograd(backward, setup_context=setup_context)
+        if setup_context is None:
+            return
+
+        def forward(ctx, *args):  # setup_context of autograd.Function costs as much as the rest
+            output = self._body(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type("Eager", (torch.autograd.Function,), methods)
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not _unseen():
+            return self._made(*args)
+        learns = False
+        for x in args:
+            if isinstance(x, Tensor):
+                if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                    return self._made(*args)
+                learns = learns or x.requires_grad
+        if not (learns and torch.is_grad_enabled()):
+            with torch.no_grad():
+                return self._body(*args)
+        return (self._made if self._function is None else self._function.apply)(*args)
+
+
+def _unseen() -> bool:
+    """Whether neither a dispatch mode nor a functorch transform is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _flattened(body: Callable) -> tuple[inspect.Signature, Callable]:
@@ -117,12 +165,23 @@ def flat(x: Tensor, dtype: torch.dtype) -> Tensor: ...
 def flat(x: None, dtype: torch.dtype) -> None: ...
 def flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A per-token input as the kernels want it: contiguous [T] of `dtype`."""
-    return None if x is None else x.detach().to(dtype).reshape(-1).contiguous()
+    if x is None:
+        return None
+    if x.dtype == dtype and x.dim() == 1 and x.is_contiguous():
+        return x.detach()
+    return x.detach().to(dtype).reshape(-1).contiguous()
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
     """Memory for a gradient: contiguous, whatever the strides of the logits are."""
     return _warm.empty_like(logits, _DTYPE_CODE[logits.dtype])
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> None:
+    """`scale_` of a gradient in backward, without its op for the usual factor of 1 on the CPU."""
+    eager = type(x) is Tensor and not torch.compiler.is_compiling() and _unseen()
+    if not (eager and x.is_cpu and float(factor) == 1.0):
+        scale_(x, factor)
 
 
 def _scale_cpu(x: Tensor, factor: Tensor) -> None:

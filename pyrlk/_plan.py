@@ -262,11 +262,10 @@ def prepare(rows: Tensor, inputs: Inputs) -> Plan:
     shape, dtype = inputs.tokens.shape, _op.compute_dtype(rows)
     kept = _support.pair(inputs.ids, inputs.offsets)
     tokens, mask, cu = inputs.tokens, inputs.mask, inputs.cu_seqlens
-    counted = tokens != -100
-    if mask is not None:
-        counted = counted & (mask != 0)
+    present = tokens != -100
+    counted = present if mask is None else present & (mask != 0)
     if _check.reads_values(rows):
-        _check.mask_values(mask, tokens != -100)
+        _check.mask_values(mask, present)
         _check.cu_seqlens_values(cu, shape.numel())
         _check.normalizer_value(inputs.normalizer)
         _check.temperature_values(inputs.temperatures, counted)

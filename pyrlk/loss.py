@@ -10,8 +10,9 @@ through token_logprobs and from_logprobs.py.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +26,40 @@ from .objective import DAPO, REINFORCE, TIS, Objective
 from .parallel import vocab as _vocab
 from .support import Support
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Common(TypedDict, total=False):
+    """The options that every policy loss on logits has; `policy_loss` says what they mean."""
+
+    temperature: float | Tensor
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl: str
+    kl_importance: bool
+    entropy_coef: float
+    rollout_logprobs: Tensor | None
+    correction: TIS | None
+    support: Support | None
+    vocab_size: int | None
+    cu_seqlens: Tensor | None
+    normalizer: float | Tensor | None
+    group: Any
+    inplace: bool
+    return_stats: bool
+
+
+def _with_common(loss: Callable) -> Callable:
+    """help() and inspect show the common options with their defaults, and not `**common`."""
+    own = inspect.signature(loss)
+    options = inspect.signature(policy_loss).parameters
+    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    loss.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[*kept, *(options[name] for name in Common.__annotations__)]
+    )
+    return loss
+
 
 def dapo_loss(
     logits: Tensor,
@@ -35,7 +70,7 @@ def dapo_loss(
     *,
     eps_low: float = 0.2,
     eps_high: float = 0.28,
-    **common: Any,
+    **common: Unpack[Common],
 ) -> Any:
     """DAPO's clip-higher policy loss with one denominator over all tokens (arXiv 2503.14476).
 
@@ -51,7 +86,11 @@ def dapo_loss(
 
 
 def reinforce_loss(
-    logits: Tensor, tokens: Tensor, advantages: Tensor, mask: Tensor | None = None, **common: Any
+    logits: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    **common: Unpack[Common],
 ) -> Any:
     """REINFORCE: loss = −Σ m·A·logπ(token) / Σ m, whose gradient is m·A·(π − e_a)/τ / Σ m.
 
@@ -191,6 +230,10 @@ def policy_loss(
     return (loss, PolicyStats(*stats.unbind())) if return_stats else loss
 
 
+for _loss in (dapo_loss, reinforce_loss):
+    _with_common(_loss)
+
+
 def _check_inplace(z: Tensor, given: Tensor) -> None:
     """`given` is z, or the DTensor whose part z is."""
     owner = given
@@ -310,7 +353,7 @@ def _attach_backward(ctx, factor):
     (grad,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
-    _op.scale_(grad, factor)
+    _op.scale_gradient(grad, factor)
     return grad, None, None
 
 

@@ -693,7 +693,10 @@ def token_weights(
 
 
 def _over(x: Tensor, denominator: Tensor | float) -> Tensor:
-    d = torch.as_tensor(denominator, dtype=x.dtype, device=x.device)
+    if isinstance(denominator, Tensor):
+        d = denominator.to(x)
+    else:  # not as_tensor, which would copy it to a device and wait
+        d = torch.full((), denominator, dtype=x.dtype, device=x.device)
     return torch.where(d > 0, x / torch.where(d > 0, d, 1), 0)
 
 

@@ -262,7 +262,7 @@ def check_values(kept: Support | None, vocab: int) -> None:
     if bool(outside.any()):
         at = int(outside.to(torch.int8).argmax())
         raise ValueError(f"support.ids[{at}] = {int(used[at])} is outside [0, {vocab})")
-    first = torch.zeros(used.numel() + 1, dtype=torch.bool)
+    first = torch.zeros(used.numel() + 1, dtype=torch.bool, device=ids.device)
     first[offsets] = True
     unordered = (used[1:] <= used[:-1]) & ~first[1 : used.numel()]
     if bool(unordered.any()):

@@ -253,7 +253,7 @@ CASES = [
     (from_logprobs, {"kl_importance": "yes"}, T, "^kl_importance must be True or False"),
     (from_logprobs, {"return_stats": 1}, T, "^return_stats must be True or False"),
     (from_logprobs, {"entropy_coef": HUGE}, W, "^entropy_coef must lie in"),
-    (from_logprobs, {"temperature": 1.0}, T, "temperature"),
+    (from_logprobs, {"temperature": 0.5}, W, "^temperature must be 1.0: it belongs to logits"),
     # The global denominator.
     *(
         (pyrlk.normalizer, {"mask": f(), "objective": bad}, T, "^objective must be an instance")

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import pyrlk
-from pyrlk import _head, linear, reference
+from pyrlk import _head, reference
 from pyrlk import support as support_module
 
 # One launch: REINFORCE to DAPO. Two passes: the others, GSPO and GMPO across whole sequences.
@@ -663,6 +663,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient(allocated):
 
 def test_opcheck():
     torch.manual_seed(0)
+    ops = torch.ops.pyrlk
     x, w, b = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11)
     tokens, old, adv = torch.randint(11, (2, 5)), -torch.rand(2, 5), torch.randn(2, 5)
     integers, numbers = [1, 0, 3, 0, 0, 0], [0.2, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
@@ -671,7 +672,7 @@ def test_opcheck():
     cases = ((b, kept, 1, [True] * 3), (None, (None, None), 0, [False, True, False]))
     for bias, pair, stats, wants in cases:
         opcheck(
-            linear._linear_policy_loss,
+            ops.linear_policy_loss.default,
             (x, w, bias, tokens, *pair, old, adv, *nones, 1.0, 11, [*integers, stats], numbers,
              2.0, False, 3, wants),
         )  # fmt: skip
@@ -679,13 +680,13 @@ def test_opcheck():
     for entropy in (False, True):
         rows = (tokens, *(kept if entropy else (None, None)), 1.0, None, 11)
         row = (*rows, "", 0, 0.0, False, 3)  # not sharded
-        opcheck(linear._linear_logprobs, (*leaves, *row, entropy))
+        opcheck(ops.linear_token_logprobs.default, (*leaves, *row, entropy))
         slopes = (torch.randn(2, 5), torch.randn(2, 5) if entropy else None)
-        backward = linear._linear_logprobs_backward
+        backward = ops.linear_token_logprobs_backward.default
         whole = (torch.tensor(-1), torch.empty(0, 4))
         opcheck(backward, (x, w, b, *row, *whole, *slopes, [True, entropy, True]))
     grads = (torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11))
-    opcheck(_head.attach_grads, (*leaves, *grads, torch.ones(()), torch.randn(())))
+    opcheck(ops.linear_attach_grads.default, (*leaves, *grads, torch.ones(()), torch.randn(())))
 
 
 X, W, IDS, PER = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6), torch.randn(6)

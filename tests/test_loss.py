@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyrlk
+from pyrlk import loss as loss_module
 
 OBJECTIVES = [
     pyrlk.REINFORCE(),
@@ -290,3 +292,22 @@ def test_reinforce_grad_is_its_formula_and_the_gradient_of_reinforce_loss(dtype,
     out = z.clone()
     assert pyrlk.reinforce_grad(out, tokens, adv, temperature=0.5, out=out) is out
     assert torch.equal(out, got)
+
+
+def test_every_policy_loss_shows_and_takes_the_same_common_options():
+    def options(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    common = options(pyrlk.policy_loss)
+    del common["objective"]
+    assert list(common) == list(loss_module.Common.__annotations__)
+    for function, own in (
+        (pyrlk.dapo_loss, {"eps_low", "eps_high"}),
+        (pyrlk.reinforce_loss, set()),
+        (pyrlk.linear_policy_loss, {"objective", "bias", "softcap", "logits_dtype", "chunk"}),
+        (pyrlk.policy_loss_from_logprobs, {"objective", "entropy"}),
+    ):
+        theirs = options(function)
+        assert theirs.keys() - common.keys() == own
+        assert {name: theirs[name] for name in common} == common

@@ -106,18 +106,6 @@ def parameters(row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr):
 
 
 @triton.jit
-def row_pointers(
-    row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride,
-    ALIGN: tl.constexpr,
-):  # fmt: skip
-    """The logits of a row, and its words of `allowed` or None."""
-    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
-    if allowed_ptr is not None:
-        allowed_ptr += row * allowed_stride
-    return z_ptr, allowed_ptr
-
-
-@triton.jit
 def tiles_of_program(vocab_size, tiles_per_program, BLOCK: tl.constexpr):
     """(first, end, tiles): what a program of a launch over tiles takes of the tiles of a row."""
     tiles = (vocab_size + BLOCK - 1) // BLOCK
@@ -193,9 +181,9 @@ def sample_tiles_fwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     first, end, tiles = tiles_of_program(vocab_size, tiles_per_program, BLOCK)
-    z_ptr, allowed_ptr = row_pointers(
-        row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride, ALIGN
-    )
+    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+    if allowed_ptr is not None:
+        allowed_ptr += row * allowed_stride
     tiles_ptr += row * tiles * 4
     spans_ptr += row * tiles * (BLOCK // SPAN)
     _, _, tau, top_k, top_p, min_p = parameters(
@@ -250,9 +238,9 @@ def sample_masses_fwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     first, end, tiles = tiles_of_program(vocab_size, tiles_per_program, BLOCK)
-    z_ptr, allowed_ptr = row_pointers(
-        row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride, ALIGN
-    )
+    z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+    if allowed_ptr is not None:
+        allowed_ptr += row * allowed_stride
     valid, _, tau, top_k, top_p, min_p = parameters(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr
     )
@@ -442,16 +430,9 @@ def sample_fwd_kernel(
         empty = m == float("-inf")
         status = nan.to(tl.int32) + top_is_inf.to(tl.int32) * 2 + empty.to(tl.int32) * 4
         if m > float("-inf"):
-            z_ptr, allowed_ptr = row_pointers(
-                row,
-                logits_ptr,
-                allowed_ptr,
-                inner,
-                stride_outer,
-                stride_inner,
-                allowed_stride,
-                ALIGN,
-            )
+            z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+            if allowed_ptr is not None:
+                allowed_ptr += row * allowed_stride
             source = (z_ptr, allowed_ptr, vocab_size, list_ptr, ids_ptr, top_is_inf)
             c = scale_of(tau)
             mass_c = mass_scale_of(tau)
@@ -712,9 +693,9 @@ def support_fwd_kernel(
         last = tl.load(found_ptr + row * 3 + 1)
         length = tl.load(found_ptr + row * 3 + 2)
         status = tl.load(status_ptr + row)
-        z_ptr, allowed_ptr = row_pointers(
-            row, logits_ptr, allowed_ptr, inner, stride_outer, stride_inner, allowed_stride, ALIGN
-        )
+        z_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+        if allowed_ptr is not None:
+            allowed_ptr += row * allowed_stride
         source = (
             z_ptr, allowed_ptr, vocab_size, list_ptr + row * CAPACITY, ids_ptr + row * CAPACITY,
             (status & 2) != 0,

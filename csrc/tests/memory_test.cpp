@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.h"
+#include "memory/assemble.h"
 #include "memory/cuda_driver.h"
 #include "memory/lines.h"
 #include "memory/memfd.h"
@@ -212,6 +213,72 @@ void strided_pieces_are_packed_in_logical_order() {
   CHECK(again == sum);
 }
 
+// [R, C] of shorts from a grid of parts, cut at odd places, the parts transposed in memory or not:
+// every row length below and above a line, a tile, a grain.
+void parts_become_whole_tensors() {
+  const std::vector<std::pair<std::int64_t, std::int64_t>> shapes{
+      {1, 1}, {7, 3}, {64, 33}, {301, 129}, {1000, 40}, {5, 9000}, {3, 600001}, {9000001, 1}};
+  for (const auto& [rows, columns] : shapes) {
+    const std::int64_t count = rows * columns;
+    const auto want = noise(2 * static_cast<std::size_t>(count), 9);
+    const auto* shorts = reinterpret_cast<const std::uint16_t*>(want.data());
+    for (const bool transposed : {false, true}) {
+      const std::vector<std::int64_t> row_cuts{0, rows / 3, rows / 2, rows};
+      const std::vector<std::int64_t> column_cuts{0, columns / 2, columns};
+      std::vector<std::vector<std::uint16_t>> data;
+      std::vector<Part> parts;
+      for (std::size_t i = 1; i < row_cuts.size(); ++i) {
+        for (std::size_t j = 1; j < column_cuts.size(); ++j) {
+          const std::int64_t r0 = row_cuts[i - 1], c0 = column_cuts[j - 1];
+          const std::int64_t m = row_cuts[i] - r0, n = column_cuts[j] - c0;
+          auto& part = data.emplace_back(static_cast<std::size_t>(m * n));
+          for (std::int64_t r = 0; r < m; ++r) {
+            for (std::int64_t c = 0; c < n; ++c) {
+              part[transposed ? c * m + r : r * n + c] = shorts[(r0 + r) * columns + c0 + c];
+            }
+          }
+          parts.push_back(
+              {part.data(), {r0, c0}, {m, n}, {transposed ? 1 : n, transposed ? m : 1}});
+        }
+      }
+      for (const int threads : {1, 3}) {
+        for (const bool summed : {false, true}) {
+          std::vector<unsigned char> got(want.size() + 256, 0xA5);
+          const Whole whole{128, 2, 2, {rows, columns}, parts.size()};
+          std::uint64_t sum = 0;
+          assemble(got.data(), got.size(), &whole, 1, parts.data(), parts.size(), threads,
+                   summed ? &sum : nullptr);
+          CHECK(std::equal(want.begin(), want.end(), got.begin() + 128));
+          CHECK(std::all_of(got.begin(), got.begin() + 128, [](auto b) { return b == 0xA5; }));
+          CHECK(std::all_of(got.end() - 128, got.end(), [](auto b) { return b == 0xA5; }));
+          if (summed) CHECK(sum == truth(want.data(), want.size()));
+        }
+      }
+    }
+  }
+}
+
+void parts_that_leave_their_tensor_are_refused() {
+  std::vector<unsigned char> data(64), buffer(64);
+  const Whole whole{0, 1, 2, {4, 8}, 1};
+  const auto refused = [&](const Whole& w, const Part& p, std::size_t parts) {
+    bool thrown = false;
+    try {
+      assemble(buffer.data(), buffer.size(), &w, 1, &p, parts, 1, nullptr);
+    } catch (const std::invalid_argument&) {
+      thrown = true;
+    }
+    CHECK(thrown);
+  };
+  refused(whole, {data.data(), {0, 4}, {4, 5}, {8, 1}}, 1);
+  refused(whole, {data.data(), {-1, 0}, {1, 8}, {8, 1}}, 1);
+  refused(whole, {data.data(), {0, 0}, {4, 8}, {-8, 1}}, 1);
+  refused(whole, {data.data(), {0, 0}, {4, 8}, {8, 1}}, 0);
+  refused({40, 1, 2, {4, 8}, 1}, {data.data(), {0, 0}, {4, 8}, {8, 1}}, 1);
+  refused({0, 1, 0, {}, 1}, {data.data(), {}, {}, {}}, 1);
+  refused({0, 1, 2, {4, 8}, 0}, {data.data(), {0, 0}, {4, 8}, {8, 1}}, 1);
+}
+
 void bad_pieces_are_refused() {
   char data[64], buffer[64];
   auto packed = [&](Piece piece) { pack(buffer, sizeof buffer, &piece, 1, 1, nullptr); };
@@ -291,6 +358,8 @@ int main() {
   strided_pieces_are_packed_in_logical_order<std::uint16_t>();
   strided_pieces_are_packed_in_logical_order<std::uint32_t>();
   strided_pieces_are_packed_in_logical_order<std::uint64_t>();
+  parts_become_whole_tensors();
+  parts_that_leave_their_tensor_are_refused();
   bad_pieces_are_refused();
   a_segment_is_sealed_and_opens_read_only();
   what_could_shrink_is_not_opened();

@@ -19,6 +19,7 @@ from .errors import (
     MissingName,
     PeerLost,
     ProtocolError,
+    RanksDisagree,
     ShapeMismatch,
     StagingError,
     StaleVersion,
@@ -27,9 +28,11 @@ from .errors import (
     Unsupported,
     UpdateError,
 )
+from .local_session import Local
 from .memory import share
-from .publisher import EngineReport, Local, Publisher, UpdateReport
+from .publisher import Publisher
 from .receiver import Receiver
+from .report import EngineReport, UpdateReport
 from .sglang import SGLang
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "PeerLost",
     "ProtocolError",
     "Publisher",
+    "RanksDisagree",
     "Receiver",
     "SGLang",
     "ShapeMismatch",

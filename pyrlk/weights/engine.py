@@ -6,7 +6,7 @@ apply(segment, bucket)    copies one bucket; with sums, proves what it copied
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -33,11 +33,13 @@ class Engine(Protocol):
 
     names_from: str
     sums_copies: bool  # what went into the engine is compared with the sums too
+    reads_back: bool  # what the engine holds in the end can be summed
 
     def check(self, layout: Layout, partial: bool) -> None: ...
     def apply(
         self, segment: memory.Segment, bucket: int, sums: tuple[int, ...], threads: int
     ) -> None: ...
+    def read_back(self, sums: Sequence[tuple[int, ...]], threads: int) -> None: ...
     def release(self) -> None: ...
 
 
@@ -45,7 +47,7 @@ class ModuleEngine:
     """Copies straight into the tensors of `module.state_dict()`, tied weights once."""
 
     names_from = "module"
-    sums_copies = True  # what went into the engine is compared too
+    sums_copies = reads_back = True
 
     def __init__(self, module: nn.Module):
         self._state = ModuleState(module)
@@ -85,6 +87,15 @@ class ModuleEngine:
         for (entry, piece), got in zip(self._plan.sources[bucket], copied, strict=False):
             if got != sums[piece]:
                 raise mismatch(entry, sums[piece], got, "was copied", dirty=True)
+
+    def read_back(self, sums: Sequence[tuple[int, ...]], threads: int) -> None:
+        """Sum the module's own tensors after the last copy: a later one may have hit an earlier."""
+        assert self._plan is not None
+        for copies, source, sent in zip(self._plan.copies, self._plan.sources, sums, strict=True):
+            for tensor, (entry, piece) in zip(copies.tensors, source, strict=True):
+                got = memory.tensor_sum(tensor, threads=threads)
+                if got != sent[piece]:
+                    raise mismatch(entry, sent[piece], got, "is in the engine", dirty=True)
 
     def release(self) -> None:
         if self._plan is not None:
@@ -145,7 +156,7 @@ class _Plan:
 class CallableEngine:
     """Feeds load_weights with views of the staging memory, one call a bucket."""
 
-    sums_copies = False
+    sums_copies = reads_back = False
 
     def __init__(self, load_weights: LoadWeights, expected: Mapping[str, Tensor] | None):
         self._load_weights = load_weights
@@ -176,6 +187,9 @@ class CallableEngine:
                 f"load_weights raised {type(error).__name__}: {error}", dirty=True
             ) from error
         segment.finish()
+
+    def read_back(self, sums: Sequence[tuple[int, ...]], threads: int) -> None:
+        raise Unsupported("a load_weights hides where it puts its tensors")
 
     def release(self) -> None:
         self._layout = None

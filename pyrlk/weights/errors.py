@@ -7,6 +7,8 @@ versions and needs a full update.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UpdateError(RuntimeError):
     """A weight update failed; the version of the receiver has not changed.
@@ -114,6 +116,12 @@ class ManifestUnknown(UpdateError):
     code = 16
 
 
+class RanksDisagree(UpdateError):
+    """The ranks of a trainer do not publish the same: another version, other names or shapes."""
+
+    code = 17
+
+
 _BY_CODE = {
     kind.code: kind
     for kind in (
@@ -133,10 +141,29 @@ _BY_CODE = {
         Timeout,
         StagingError,
         ManifestUnknown,
+        RanksDisagree,
     )
 }
+_BY_NAME = {kind.__name__: kind for kind in _BY_CODE.values()}
+_BUILTIN: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TypeError, ValueError)}
 
 
 def from_code(code: int, message: str, *, dirty: bool) -> UpdateError:
     """The error that the other side reported."""
     return _BY_CODE.get(code, UpdateError)(message, dirty=dirty)
+
+
+def said(error: BaseException) -> dict[str, Any]:
+    """An error as JSON, for the other ranks of a trainer."""
+    dirty = error.dirty if isinstance(error, UpdateError) else False
+    return {"kind": type(error).__name__, "message": str(error), "dirty": dirty}
+
+
+def heard(error: dict[str, Any]) -> Exception:
+    """The error that another rank has said, of the same class where that is one of ours."""
+    kind, message, dirty = error["kind"], error["message"], error["dirty"]
+    if kind in _BY_NAME:
+        return _BY_NAME[kind](message, dirty=dirty)
+    if kind in _BUILTIN:
+        return _BUILTIN[kind](message)
+    return UpdateError(f"{kind}: {message}", dirty=dirty)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .engine import check_names
-from .errors import ManifestUnknown, UnknownName
+from .errors import ManifestUnknown, UnknownName, Unsupported
 from .layout import Layout
 
 _MAX_HEADER = 100 << 20
@@ -83,28 +83,46 @@ class Manifest:
         return self._table is None or name in self._table
 
 
-def learn(expect: object, model_path: str, *, unchecked: bool, engine_checks: bool) -> Manifest:
-    """The manifest of an engine.
+def learn(
+    expect: object, model_paths: Sequence[str], *, unchecked: bool, engine_checks: bool
+) -> Manifest:
+    """The manifest of an engine that was started from these checkpoints: a target's, a draft's.
 
     Raises
     ------
     ManifestUnknown
         Nothing says what the engine expects, and it will not say so itself.
+    Unsupported
+        A name has different shapes in the two checkpoints.
     """
     if expect is not None:
         return Manifest("expect", _given(expect))
-    table = checkpoint(model_path)
-    if table is not None:
-        return Manifest("checkpoint", table)
+    tables = [checkpoint(path) for path in dict.fromkeys(model_paths)]
+    if tables and None not in tables:
+        return Manifest("checkpoint", _together([t for t in tables if t is not None]))
     if engine_checks:
         return Manifest("engine", None)
     if unchecked:
         return Manifest("unchecked", None)
     raise ManifestUnknown(
-        f"no safetensors file can be read at {model_path!r}, the server's model_path: pass "
-        "SGLang(url, expect={name: tensor or meta tensor}), or unchecked_names=True to send "
-        "unchecked (a wrong shape then ends the server)"
+        f"no safetensors file can be read at {' and '.join(map(repr, model_paths))}, the server's "
+        "model_path: pass SGLang(url, expect={name: tensor or meta tensor}), or "
+        "unchecked_names=True to send unchecked (a wrong shape then ends the server)"
     )
+
+
+def _together(tables: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One update goes to the target and to the draft: a name means the same in both."""
+    whole: dict[str, torch.Tensor] = {}
+    for table in tables:
+        for name, tensor in table.items():
+            if whole.setdefault(name, tensor).shape != tensor.shape:
+                raise Unsupported(
+                    f"{name!r} has shape {tuple(whole[name].shape)} in the target's checkpoint and "
+                    f"{tuple(tensor.shape)} in the draft's: update one after the other, with "
+                    'selector="target" and selector="draft"'
+                )
+    return whole
 
 
 def _given(expect: object) -> dict[str, torch.Tensor]:

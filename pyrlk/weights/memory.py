@@ -12,16 +12,18 @@ Sums are those of csrc/memory/pack.h, equal on every device.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import enum
+import functools
 import hashlib
 import os
 import secrets
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,8 @@ class Copies:
         self.addresses = array("Q")
         if self.on_host:
             self.addresses.extend(tensor.data_ptr() for tensor in self.tensors)
+        self.end = max((tensor.nbytes + offset for tensor, offset in placed), default=0)
+        self._launches: dict[tuple[torch.device, bool], tuple[list[int], Any]] = {}
 
     def refill(self, tensors: list[Tensor], addresses: Iterable[int]) -> None:
         self.tensors = tensors
@@ -63,6 +67,18 @@ class Copies:
     def clear(self) -> None:
         """Keep no tensor alive."""
         self.tensors = []
+
+    def launch(self, kernel: Any, device: torch.device, *, packs: bool) -> tuple[list[int], Any]:
+        """Which tensors one launch on `device` can take, and the `Pieces` that takes them.
+
+        They lie there; to be packed they are rows of contiguous bytes, to be unpacked one such row.
+        """
+        key = device, packs
+        if key not in self._launches:
+            forms = {i: kernel.form(t) for i, t in enumerate(self.tensors) if t.device == device}
+            taken = [i for i, form in forms.items() if form is not None and (packs or not form.run)]
+            self._launches[key] = taken, kernel.Pieces([forms[i] for i in taken], device)
+        return self._launches[key]
 
 
 class Kind(enum.IntEnum):
@@ -117,32 +133,50 @@ class Segment:
         if self._on_host and sources.on_host:
             forms, addresses = sources.forms, sources.addresses
             return _C.pack(self.flat.data_ptr(), self.nbytes, forms, addresses, checksum, threads)
-        sums = []
-        for tensor, offset in zip(sources.tensors, sources.offsets, strict=True):
-            place = self.view(offset, tuple(tensor.shape), tensor.dtype)
-            place.copy_(tensor)
-            if checksum:
-                sums.append(_sum_of(self.flat[offset : offset + tensor.nbytes]))
-        return _numbers(sums)
+        return self._move(sources, checksum, packs=True)
 
     def sums(self, ranges: array[int], *, threads: int) -> list[int]:
         """Sums of ranges, nothing copied; offset and bytes of each one after the other."""
         if self._on_host:
             return _C.checksum(self.flat.data_ptr(), self.nbytes, ranges, threads)
-        pairs = zip(ranges[::2], ranges[1::2], strict=True)
-        return _numbers([_sum_of(self.flat[at : at + count]) for at, count in pairs])
+        return sums_of(self.flat, ranges)
 
     def unpack(self, targets: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
         if self._on_host and targets.on_host:
             forms, addresses = targets.forms, targets.addresses
             return _C.unpack(self.flat.data_ptr(), self.nbytes, forms, addresses, checksum, threads)
-        sums = []
-        for tensor, offset in zip(targets.tensors, targets.offsets, strict=True):
-            tensor.copy_(self.view(offset, tuple(tensor.shape), tensor.dtype))
+        return self._move(targets, checksum, packs=False)
+
+    def _move(self, copies: Copies, checksum: bool, *, packs: bool) -> list[int]:
+        """Copy on a GPU: one launch for what the kernel can take, torch for the rest."""
+        if copies.end > self.nbytes:
+            raise ValueError(f"{copies.end} bytes leave a segment of {self.nbytes}")
+        sums: dict[int, int] = {}
+        kernel = _kernel_on(self.flat.device)
+        if kernel is not None:
+            taken, pieces = copies.launch(kernel, self.flat.device, packs=packs)
+            there = [copies.tensors[i].data_ptr() for i in taken]
+            here = [self.flat.data_ptr() + copies.offsets[i] for i in taken]
+            found = pieces.run(*((there, here) if packs else (here, there)), sums=checksum)
+            sums = dict.fromkeys(taken, 0)
             if checksum:
-                sums.append(_sum_of(tensor.contiguous().view(-1).view(torch.uint8)))
-        return _numbers(sums)
+                sums = dict(zip(taken, _unsigned(found), strict=True))
+        rest = [i for i in range(len(copies.tensors)) if i not in sums]
+        totals = []
+        for i in rest:
+            tensor, offset = copies.tensors[i], copies.offsets[i]
+            place = self.view(offset, tuple(tensor.shape), tensor.dtype)
+            if packs:
+                place.copy_(tensor)
+            else:
+                tensor.copy_(place)
+            if checksum:
+                # Of what arrived: in the segment, or in the tensor.
+                whole = place if packs else tensor.contiguous()
+                totals.append(_sum_of(whole.view(-1).view(torch.uint8)))
+        sums.update(zip(rest, _numbers(totals), strict=False))
+        return [sums[i] for i in range(len(copies.tensors))] if checksum else []
 
     @property
     def _on_host(self) -> bool:
@@ -157,10 +191,10 @@ class Segment:
         self._flat = None
 
     def close(self) -> None:
-        """Give the memory back; idempotent."""
+        """Give the memory back; idempotent. After an error it may be tried again."""
         if self._flat is not None:
-            self._flat = None
             self._release()
+            self._flat = None
 
 
 class Host(Segment):
@@ -305,7 +339,8 @@ class _Own(Segment):
 
     def finish(self) -> None:
         if self.handle.kind is Kind.CUDA:
-            _C.cuda_synchronize(self._device.index or 0)
+            with _driver("waiting for copies"):
+                _C.cuda_synchronize(self._device.index or 0)
 
 
 def _borrowed(address: int, nbytes: int) -> Tensor:
@@ -323,18 +358,30 @@ class Cuda(Segment):
             ipc, offset, _ = _C.cuda_ipc_export(device, self._address)
             uuid = _C.cuda_device_uuid(device)
         except _C.CudaError as error:
-            self._free()
+            with contextlib.suppress(StagingError):  # the first error is the one to keep
+                self._free()
             raise StagingError(f"CUDA staging memory: {error}") from None
         handle = Handle(Kind.CUDA, nbytes, secrets.token_bytes(16), uuid, ipc, offset)
         super().__init__(handle, _cuda_tensor(self._address, nbytes, device), self._free)
 
     def finish(self) -> None:
-        _C.cuda_synchronize(self._device)
+        with _driver("waiting for copies"):
+            _C.cuda_synchronize(self._device)
 
     def _free(self) -> None:
         if self._address is not None:
-            _C.cuda_free(self._device, self._address)
+            with _driver("freeing staging memory"):
+                _C.cuda_free(self._device, self._address)
             self._address = None
+
+
+@contextlib.contextmanager
+def _driver(doing: str) -> Iterator[None]:
+    """The driver's errors as ours."""
+    try:
+        yield
+    except _C.CudaError as error:
+        raise StagingError(f"{doing}: {error}") from None
 
 
 class _OpenCuda(Segment):
@@ -345,10 +392,16 @@ class _OpenCuda(Segment):
         except _C.CudaError as error:
             raise StagingError(f"CUDA handle: {error}") from None
         flat = _cuda_tensor(base + handle.offset, handle.nbytes, self._device)
-        super().__init__(handle, flat, lambda: _C.cuda_ipc_close(self._device, base))
+        super().__init__(handle, flat, self._close_handle)
+        self._base = base
+
+    def _close_handle(self) -> None:
+        with _driver("closing a handle"):
+            _C.cuda_ipc_close(self._device, self._base)
 
     def finish(self) -> None:
-        _C.cuda_synchronize(self._device)
+        with _driver("waiting for copies"):
+            _C.cuda_synchronize(self._device)
 
     def close(self) -> None:
         if self._flat is not None:
@@ -359,9 +412,10 @@ class _OpenCuda(Segment):
 def tensor_sum(tensor: Tensor, *, threads: int) -> int:
     """The sum of a tensor's bytes in logical order."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = array("Q", [0, flat.numel()])
     if flat.device.type == "cpu":
-        return _C.checksum(flat.data_ptr(), flat.numel(), array("Q", [0, flat.numel()]), threads)[0]
-    return _numbers([_sum_of(flat)])[0]
+        return _C.checksum(flat.data_ptr(), flat.numel(), whole, threads)[0]
+    return sums_of(flat, whole)[0]
 
 
 def create(device: torch.device, nbytes: int) -> Segment:
@@ -453,8 +507,34 @@ class Ring:
         slot.state = State.FREE
 
     def close(self) -> None:
-        for slot in self.slots:
-            slot.segment.close()
+        close_all([slot.segment for slot in self.slots])
+
+
+def close_all(segments: list[Segment]) -> None:
+    """Close and forget segments, the last one first. One that fails stays; the others do not."""
+    errors: list[StagingError] = []
+    for index in reversed(range(len(segments))):
+        try:
+            segments[index].close()
+            del segments[index]
+        except StagingError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+@functools.cache
+def _pack_kernel() -> Any:
+    try:
+        from ..triton_kernels import pack
+    except ImportError:  # torch does the same, in some launches a tensor
+        return None
+    return pack
+
+
+def _kernel_on(device: torch.device) -> Any:
+    """The pack kernel where it runs, else None."""
+    return _pack_kernel() if device.type == "cuda" else None
 
 
 _SUM_WORDS = 1 << 22
@@ -480,11 +560,26 @@ def _sum_of(data: Tensor) -> Tensor:
     return total
 
 
+def sums_of(flat: Tensor, ranges: array[int]) -> list[int]:
+    """Sums of ranges of memory that the C++ side cannot reach; see `Segment.sums`."""
+    pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
+    kernel = _kernel_on(flat.device)
+    if kernel is None:
+        return _numbers([_sum_of(flat[at : at + count]) for at, count in pairs])
+    pieces = kernel.Pieces([kernel.Form(count) for _, count in pairs], flat.device)
+    places = [flat.data_ptr() + at for at, _ in pairs]
+    return _unsigned(pieces.run(places, places, copy=False))
+
+
 def _numbers(sums: Sequence[Tensor]) -> list[int]:
     if not sums:
         return []
     device = sums[0].device
-    return [value & _MASK for value in torch.stack([s.to(device) for s in sums]).tolist()]
+    return _unsigned(torch.stack([s.to(device) for s in sums]))
+
+
+def _unsigned(sums: Tensor) -> list[int]:
+    return [value & _MASK for value in sums.tolist()]
 
 
 def _host_tensor(address: int, nbytes: int) -> Tensor:

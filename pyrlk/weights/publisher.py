@@ -1,158 +1,35 @@
 """The trainer's side: plan → pack into staging → hand over by handle → wait until it is applied.
 
-connect   once; handles are opened once a session, not once a bucket
 check     version, names, shapes, dtypes: before a byte is packed
-per bucket: free slot → pack and sum (C++) → BUCKET(slot, generation, sums) → ACK frees the slot
-APPLIED   the receiver's version is the new one
+begin     each engine judges the update, or refuses it
+send      its buckets, one after the other (local_session.py, sglang_session.py, sglang_plan.py)
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import os
-import secrets
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from . import gather, memory, wire
-from . import layout as layouts
-from .errors import (
-    EngineDirty,
-    PeerLost,
-    ProtocolError,
-    StaleVersion,
-    Timeout,
-    Unsupported,
-    UpdateError,
-)
-from .source import ModuleState, NamedTensors, Source
-from .wire import Frame, Type
+from . import gather, wire
+from .errors import EngineDirty, PeerLost, Timeout, UpdateError
+from .packing import Plan, ShardedPlan, TensorPlan
+from .ranks import Ranks
+from .references import References
+from .report import Clock, EngineReport, UpdateReport
+from .session import Session, Target
+from .source import ModuleState, NamedTensors, Sharded, Source
 
 SELECTORS = ("all", "target", "draft")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an engine took the tensors of an update; see UpdateReport."""
-
-    mode: str
-    names_from: str
-    tensors: int
-    planned: int
-    fallback: dict[str, str]
-
-
-class Session(Protocol):
-    """A connection to an engine. In an update: begin, stage, send; each may raise."""
-
-    settled: bool  # nothing of a transaction is under way
-    handed_over: bool  # the engine may have begun to copy
-
-    @property
-    def boot(self) -> bytes: ...  # another one means a restarted engine
-    def alive(self) -> bool: ...
-    def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
-    ) -> None: ...
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
-    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...
-    def outcome(self, layout: layouts.Layout) -> Outcome: ...
-    def release_staging(self) -> None: ...  # between updates
-    def close(self) -> None: ...  # politely
-    def abandon(self) -> None: ...  # at once
-
-
-class Target(abc.ABC):
-    """Where weights go."""
-
-    direct = False  # can read the trainer's own memory
-
-    @abc.abstractmethod
-    def open(self, patience: float, timeout: float) -> Session:
-        """Connect, waiting up to `patience` seconds for an engine that is still starting."""
-
-
-@dataclass(frozen=True)
-class Local(Target):
-    """A `Receiver` on this machine, by the path of its socket."""
-
-    socket_path: str | os.PathLike[str]
-    direct: ClassVar[bool] = True  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        wire.check_path(self.socket_path)
-
-    def open(self, patience: float, timeout: float) -> Session:
-        return _Session(wire.check_path(self.socket_path), patience, timeout)
-
-
-@dataclass
-class UpdateReport:
-    """What one update did; `str()` is a table.
-
-    Attributes
-    ----------
-    version : of the engine now
-    tensors : names sent, aliases included
-    planned : tensors copied straight into the engine's own
-    fallback : tensors that went through the engine's load_weights instead, with the reason
-    bytes : handed over; an alias counts once
-    buckets : staging buckets they took
-    seconds : by stage; `verify` and `copy` were spent by the receiver, inside `wait`
-    mode : "bucket": packed into staging buckets; "plan": and replayed by SGLang's loader;
-        "direct": read from the trainer's own memory, nothing packed; "direct+bucket": some of it
-    names_from : what names were checked against: "module", "expected", "expect", "checkpoint",
-        "engine" or "unchecked"
-    engines : with a list of targets, what became of each; the figures above are of the first that
-        has the new version
-    """
-
-    version: int
-    tensors: int
-    planned: int
-    fallback: dict[str, str]
-    bytes: int
-    buckets: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    mode: str = "bucket"
-    names_from: str = "module"
-    engines: list[EngineReport] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        rate = self.bytes / self.seconds["total"] / 1e9 if self.seconds.get("total") else 0.0
-        rows = [
-            ("version", str(self.version)),
-            ("tensors", f"{self.tensors} ({self.planned} planned, {len(self.fallback)} fallback)"),
-            ("names from", self.names_from),
-            ("mode", self.mode),
-            ("buckets", str(self.buckets)),
-            ("bytes", f"{self.bytes:,} ({rate:.2f} GB/s)"),
-            *((stage, f"{value * 1e3:.2f} ms") for stage, value in self.seconds.items()),
-            *(
-                (str(e.target), "updated" if e.error is None else repr(e.error))
-                for e in self.engines
-            ),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-@dataclass
-class EngineReport:
-    """One of several engines: `report` if it has the new version, else `error` says why not."""
-
-    target: Target
-    report: UpdateReport | None = None
-    error: UpdateError | None = None
 
 
 class Publisher:
@@ -162,15 +39,20 @@ class Publisher:
     ----------
     target : Local, SGLang, or a list of them
         The engine, or several.
-    group : None
-        One process publishes: gather sharded tensors first.
+    group : ProcessGroup, optional
+        The ranks of the trainer: `update` and `ensure` are then collective over it, and end the
+        same on each. Its rank 0 talks to the engines. Every rank makes the same Publisher.
     bucket_bytes : int
         Largest staging bucket; a larger tensor gets a bucket of its own.
     buffers : int
         Staging buckets in flight. An update of at most this many buckets is all or nothing.
-    verify : {"copy", "off"}
+    verify : {"copy", "off", "engine"}
         "copy": a 64-bit sum of every tensor is made while packing, checked by the receiver before
-        it copies, and again over what it copied. "off": neither.
+        it copies, and again over what it copied. "off": neither. "engine": "copy", and after the
+        last copy the engine is asked what it holds. A `Receiver` on a module sums the module's own
+        tensors. SGLang's /weights_checker hashes its fused tensors, which nobody can predict: they
+        are compared with those of the engine that took the same tensors first, so that weights sent
+        again (`ensure`) and all replicas of one layout must agree; the first is only remembered.
     timeout : float
         Seconds that any single wait may take.
     on_failure : {"isolate", "all"}
@@ -187,7 +69,7 @@ class Publisher:
         self,
         target: Target | Sequence[Target],
         *,
-        group: None = None,
+        group: dist.ProcessGroup | None = None,
         bucket_bytes: int = 512 << 20,
         buffers: int = 2,
         verify: str = "copy",
@@ -203,36 +85,40 @@ class Publisher:
                 )
         if not targets or len(set(map(repr, targets))) != len(targets):
             raise ValueError("target: a list must not be empty and not name an engine twice")
-        if group is not None:
-            raise Unsupported("group: one process publishes; gather sharded tensors to it first")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group must be a ProcessGroup, got {type(group).__name__}")
         if on_failure not in ("isolate", "all"):
             raise ValueError(f'on_failure must be "isolate" or "all", got {on_failure!r}')
         _check_int("bucket_bytes", bucket_bytes, 1, 1 << 46)
         _check_int("buffers", buffers, 1, wire.MAX_SLOTS)
-        if verify not in ("copy", "off"):
-            raise ValueError(f'verify must be "copy" or "off", got {verify!r}')
+        if verify not in ("copy", "off", "engine"):
+            raise ValueError(f'verify must be "copy", "off" or "engine", got {verify!r}')
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         self._bucket_bytes = bucket_bytes
         self._buffers = buffers
-        self._verify = verify == "copy"
+        self._verify = wire.Verify[verify.upper()]
+        self._references = References()
         self._timeout = float(timeout)
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
-        self._plan: Plan | None = None  # of the last update
+        self._group = group
+        self._ranks = None if group is None else Ranks(group, self._timeout)
+        self._plan: TensorPlan | ShardedPlan | None = None  # of the last update
         self._module: gather.Checkpoint | ModuleState | None = None
         self._last: _Last | None = None
         self._direct = all(one.direct for one in targets)
         self._several = isinstance(target, list | tuple)
         self._all_or_none = on_failure == "all"
+        self._isolates = self._several and not self._all_or_none
         self._engines = [_Engine(one, self._timeout) for one in targets]
         self._finalizer = weakref.finalize(self, _close_sessions, self._engines, self._pid)
 
     @torch.no_grad()
     def update(
         self,
-        named_tensors: NamedTensors,
+        named_tensors: NamedTensors | Sharded,
         *,
         version: int,
         partial: bool = False,
@@ -242,9 +128,11 @@ class Publisher:
 
         Parameters
         ----------
-        named_tensors : mapping, iterable of (name, tensor), or nn.Module
+        named_tensors : mapping, iterable of (name, tensor), nn.Module, or Sharded
             A module stands for its `state_dict()`, a transformers model for `gather.hf(module)`:
-            the names of its checkpoint. Tensors that share memory are sent once.
+            the names of its checkpoint. Tensors that share memory are sent once. With `group=`:
+            the same on every rank, of which rank 0's are sent; or a source of `weights.gather`
+            whose tensors lie on the ranks in parts.
         version : int
             Must rise from update to update.
         partial : bool
@@ -258,26 +146,24 @@ class Publisher:
             Found before any byte was copied; the engine goes on with its old version.
         ChecksumMismatch, ApplyFailed, PeerLost, Timeout, ProtocolError, StagingError, Unsupported
             `error.dirty` says whether the engine may hold a mixture and needs a full update.
+        RanksDisagree
+            With `group=`: the ranks came with different versions or tensors. Nothing was touched.
         TypeError, ValueError
             An argument is not what it should be.
         """
-        _check_int("version", version, 0, 1 << 62)
-        if not isinstance(partial, bool):
-            raise TypeError(f"partial must be a bool, got {type(partial).__name__}")
-        if selector not in SELECTORS:
-            raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
         with self._lock:
             self._check_usable()
             clock = Clock()
-            plan = self._plan_of(named_tensors)
-            clock.lap("plan")
-            order = _Order(version, partial, self._verify, selector, self._buffers)
-            source = self._remembered(named_tensors)
-            try:
-                report = self._publish(self._engines, plan, order, clock)
-            finally:
-                plan.forget_tensors()
-            self._last = _Last(order, source)
+
+            def prepare() -> tuple[Plan, _Last]:
+                order = self._order(version, partial, selector)
+                plan = self._plan_of(named_tensors, clock)
+                return plan, _Last(order, self._remembered(named_tensors))
+
+            def publish(plan: Plan, order: _Order) -> UpdateReport:
+                return self._publish(self._engines, plan, order, clock)
+
+            report, self._last = self._together("update", prepare, publish)
             return report
 
     @torch.no_grad()
@@ -305,29 +191,35 @@ class Publisher:
         UpdateError
             As `update`.
         """
-        _check_int("version", version, 0, 1 << 62)
         with self._lock:
             self._check_usable()
-            last = self._last
-            if last is None or last.order.version != version:
-                known = "none" if last is None else str(last.order.version)
-                raise ValueError(
-                    f"version must be that of the last update ({known}), got {version}"
-                )
-            late = [engine for engine in self._engines if not engine.has(version)]
-            if not late:
-                return None
-            if last.order.partial:
-                raise EngineDirty(f"version {version} was partial: send a full update")
             clock = Clock()
-            plan = self._plan_of(last.source())
-            clock.lap("plan")
-            plan.same_sums = True
-            try:
-                return self._publish(late, plan, last.order, clock)
-            finally:
-                plan.same_sums = False
-                plan.forget_tensors()
+
+            def prepare() -> tuple[Plan, _Last]:
+                _check_int("version", version, 0, 1 << 62)
+                last = self._last
+                if last is None or last.order.version != version:
+                    known = "none" if last is None else str(last.order.version)
+                    raise ValueError(
+                        f"version must be that of the last update ({known}), got {version}"
+                    )
+                return self._plan_of(last.source(), clock), last
+
+            def publish(plan: Plan, order: _Order) -> UpdateReport | None:
+                late = self._late(order.version)
+                if not late:
+                    return None
+                if order.partial:
+                    raise EngineDirty(f"version {version} was partial: send a full update")
+                plan.same_sums = True
+                try:
+                    return self._publish(late, plan, order, clock)
+                finally:
+                    plan.same_sums = False
+
+            if self._ranks is None and self._last is not None and not self._late(version):
+                return None
+            return self._together("ensure", prepare, publish)[0]
 
     def release_staging(self) -> None:
         """Give the staging memory back until the next update, which allocates it anew.
@@ -358,7 +250,91 @@ class Publisher:
         if os.getpid() != self._pid:
             raise RuntimeError("a Publisher cannot be used in a forked child: make one there")
 
-    def _plan_of(self, named_tensors: NamedTensors) -> Plan:
+    def _order(self, version: int, partial: bool, selector: str) -> _Order:
+        _check_int("version", version, 0, 1 << 62)
+        if not isinstance(partial, bool):
+            raise TypeError(f"partial must be a bool, got {type(partial).__name__}")
+        if selector not in SELECTORS:
+            raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
+        return _Order(version, partial, self._verify, selector, self._buffers)
+
+    def _late(self, version: int) -> list[_Engine]:
+        return [engine for engine in self._engines if not engine.has(version)]
+
+    def _together(
+        self,
+        call: str,
+        prepare: Callable[[], tuple[Plan, _Last]],
+        publish: Callable[[Plan, _Order], Any],
+    ) -> tuple[Any, _Last]:
+        """Prepare on every rank, publish on rank 0; the same result or error on all of them."""
+        if self._ranks is None:
+            plan, last = prepare()
+            try:
+                return publish(plan, last.order), last
+            finally:
+                plan.forget_tensors()
+        wish: dict[str, Any] | Exception
+        try:
+            plan, last = prepare()
+            wish = self._wish(call, plan, last.order)
+        except Exception as error:
+            wish = error
+        try:
+            report = self._ranks.run(
+                wish,
+                lead=lambda: _as_json(publish(plan, last.order)),
+                serve=lambda what: plan.serve(what, self._timeout),
+            )
+        finally:
+            if not isinstance(wish, Exception):
+                plan.forget_tensors()
+        targets = [engine.target for engine in self._engines]
+        return report and UpdateReport.from_json(report, targets), last
+
+    def _wish(self, call: str, plan: Plan, order: _Order) -> dict[str, Any]:
+        """What must be equal on every rank."""
+        return {
+            "call": call,
+            "version": order.version,
+            "partial": order.partial,
+            "selector": order.selector,
+            "verify": order.verify,
+            "bucket_bytes": self._bucket_bytes,
+            "engines": [engine.target.address for engine in self._engines],
+            "named_tensors": plan.form(),
+        }
+
+    def _plan_of(self, named_tensors: NamedTensors | Sharded, clock: Clock) -> Plan:
+        plan: Plan
+        try:
+            if isinstance(named_tensors, Sharded):
+                plan = self._sharded_plan(named_tensors)
+            else:
+                plan = self._tensor_plan(named_tensors)
+            plan.references = self._references
+            return plan
+        finally:
+            clock.lap("plan")
+
+    def _sharded_plan(self, source: Sharded) -> Plan:
+        known = source.group
+        if known is not None and dist.get_world_size(known) > 1:
+            group = self._group
+            if group is None or _members(known) != _members(group):
+                raise ValueError(
+                    "named_tensors lies on the ranks of a group: pass it as Publisher(…, group=)"
+                )
+        specs = source.specs()
+        plan = self._plan
+        if isinstance(plan, ShardedPlan) and plan.fits(source, specs):
+            plan.take(source)
+        else:
+            self._plan = None  # an error below must not leave the old one
+            self._plan = plan = ShardedPlan(source, specs, self._bucket_bytes, self._ranks)
+        return plan
+
+    def _tensor_plan(self, named_tensors: NamedTensors) -> Plan:
         if isinstance(named_tensors, nn.Module):
             if self._module is None or not self._module.of(named_tensors):
                 known = gather.is_hf(named_tensors)
@@ -367,11 +343,11 @@ class Publisher:
         source = Source(named_tensors)
         exports = source.exports() if self._direct else []
         plan = self._plan
-        if plan is not None and source.fits(plan.source) and exports == plan.exports:
+        if isinstance(plan, TensorPlan) and source.fits(plan.source) and exports == plan.exports:
             plan.take(source)
         else:
             self._plan = None  # an error below must not leave the old one
-            self._plan = plan = Plan(source, self._bucket_bytes, exports)
+            self._plan = plan = TensorPlan(source, self._bucket_bytes, exports)
         return plan
 
     def _publish(
@@ -379,24 +355,14 @@ class Publisher:
     ) -> UpdateReport:
         """Carry an order out on each engine."""
         entries = [EngineReport(engine.target) for engine in engines]
-        begun: list[_Engine] = []
         try:
             if self._all_or_none:
                 for engine in engines:
-                    begun.append(engine)
                     engine.begin(plan, order, clock)
-            for engine, entry in zip(engines, entries, strict=True):
-                own = clock.copy()
-                try:
-                    if not self._all_or_none:
-                        engine.begin(plan, order, own)
-                    entry.report = engine.send(plan, order, own)
-                except UpdateError as error:
-                    if self._all_or_none or not self._several:
-                        raise
-                    entry.error = error
+            for batch in _batches(list(zip(engines, entries, strict=True))):
+                self._publish_to(batch, plan, order, clock.copy())
         except BaseException:
-            for engine in begun:
+            for engine in engines:
                 engine.cancel()
             raise
         done = [entry.report for entry in entries if entry.report is not None]
@@ -404,12 +370,44 @@ class Publisher:
             raise next(entry.error for entry in entries if entry.error is not None)
         return dataclasses.replace(done[0], engines=entries) if self._several else done[0]
 
-    def _remembered(self, named_tensors: NamedTensors) -> Callable[[], NamedTensors]:
+    def _publish_to(self, batch: _Batch, plan: Plan, order: _Order, clock: Clock) -> None:
+        """One engine, or several that take each bucket at the same time."""
+        ready: _Batch = []
+        for engine, entry in batch:
+            with self._isolating(entry, plan):
+                if not self._all_or_none:
+                    engine.begin(plan, order, clock)
+                ready.append((engine, entry))
+        if not ready:
+            return
+        if not batch[0][0].target.jointly:
+            engine, entry = ready[0]
+            with self._isolating(entry, plan):
+                entry.report = engine.send(plan, order, clock)
+            return
+        sessions: list[Any] = [engine.session for engine, _ in ready]
+        verify = bool(order.verify)
+        results = sessions[0].send_all(sessions, plan, verify, self._isolates, clock)
+        for (engine, entry), result in zip(ready, results, strict=True):
+            with self._isolating(entry, plan):
+                entry.report = engine.take(result, plan, order, clock.copy())
+
+    @contextlib.contextmanager
+    def _isolating(self, entry: EngineReport, plan: Plan) -> Iterator[None]:
+        """What goes wrong with one of several engines is noted, and the others go on."""
+        try:
+            yield
+        except UpdateError as error:
+            if not self._isolates or error is plan.failure:
+                raise  # without weights nobody can be updated
+            entry.error = error
+
+    def _remembered(self, named_tensors: NamedTensors | Sharded) -> Callable[[], Any]:
         """Where `ensure` finds the tensors of an update; nothing is kept alive for it."""
-        if isinstance(named_tensors, nn.Module):
-            module = weakref.ref(named_tensors)
-            return lambda: _still_there(module())
-        assert self._plan is not None
+        if isinstance(named_tensors, nn.Module | Sharded):
+            source = weakref.ref(named_tensors)
+            return lambda: _still_there(source())
+        assert isinstance(self._plan, TensorPlan)
         names = self._plan.source.names
         references = list(map(weakref.ref, self._plan.source.tensors))
         return lambda: [(n, _still_there(r())) for n, r in zip(names, references, strict=True)]
@@ -421,7 +419,7 @@ class _Order:
 
     version: int
     partial: bool
-    verify: bool
+    verify: wire.Verify
     selector: str
     buffers: int
 
@@ -468,7 +466,23 @@ class _Engine:
         session = self.session
         assert session is not None  # begin() comes first
         with self._dropping(session):
-            applied = session.send(plan, order.verify, clock)
+            applied = session.send(plan, bool(order.verify), clock)
+        return self._updated(session, applied, plan, order, clock)
+
+    def take(
+        self, result: wire.Applied | UpdateError, plan: Plan, order: _Order, clock: Clock
+    ) -> UpdateReport:
+        """What sending to several engines at once has come to in this one."""
+        session = self.session
+        assert session is not None
+        with self._dropping(session):
+            if isinstance(result, UpdateError):
+                raise result
+        return self._updated(session, result, plan, order, clock)
+
+    def _updated(
+        self, session: Session, applied: wire.Applied, plan: Plan, order: _Order, clock: Clock
+    ) -> UpdateReport:
         self._boot, self._version = session.boot, order.version
         outcome = session.outcome(plan.layout)
         clock.seconds["verify"] = applied.verify_seconds
@@ -488,14 +502,16 @@ class _Engine:
 
     def cancel(self) -> None:
         """Leave an update that was begun and not sent: the engine goes on as it was."""
-        if self.session is not None and not self.session.settled:
-            self._drop(self.session)
+        session = self.session
+        if session is not None and not session.settled:
+            self.session = None
+            session.cancel()
 
     def has(self, version: int) -> bool:
         """Whether the engine took that version from us and still runs."""
         if self.session is None or not self.session.alive() or self._version != version:
             return False
-        return self.session.boot == self._boot
+        return self.session.boot == self._boot and self.session.holds(version)
 
     def close(self) -> None:
         if self.session is not None:
@@ -528,322 +544,28 @@ class _Engine:
         session.abandon()
 
 
-class Plan:
-    """What stays from update to update: the layout, and each bucket's copies but for addresses."""
-
-    def __init__(self, source: Source, bucket_bytes: int, exports: list[memory.Export | None]):
-        source.note()
-        self.source = source
-        self.exports = exports
-        self.sums: dict[int, list[int]] = {}  # of each bucket, as last packed with verify="copy"
-        self.same_sums = False  # ensure(): the weights must be those of the update before
-        self.device = source.placement()
-        self.segments: list[memory.Segment] = []  # the trainer's own
-        self.layout = layouts.plan(
-            source.specs(self._direct()), bucket_bytes, [s.nbytes for s in self.segments]
-        )
-        entries = self.layout.entries
-        self.copies = [
-            memory.Copies([(source.tensors[i], entries[i].offset) for i in pieces])
-            for pieces in self.layout.pieces[: self.layout.staged]
-        ]
-
-    def _direct(self) -> list[tuple[int, int] | None]:
-        """Of each exportable tensor, its segment and offset."""
-        numbers: dict[bytes, int] = {}
-        places: list[tuple[int, int] | None] = []
-        for tensor, export in zip(self.source.tensors, self.exports, strict=False):
-            if export is None or len(numbers) == layouts.MAX_DIRECT:
-                places.append(None)
-                continue
-            handle, offset = export
-            if handle.id not in numbers:
-                numbers[handle.id] = len(self.segments)
-                address = tensor.data_ptr() - offset
-                self.segments.append(memory.exporting(handle, address, tensor.device))
-            places.append((numbers[handle.id], offset))
-        return places
-
-    def take(self, source: Source) -> None:
-        """Another update of the same form."""
-        self.source.take(source)
-        for copies, pieces in zip(self.copies, self.layout.pieces, strict=False):
-            addresses = [source.addresses[i] for i in pieces]
-            copies.refill([source.tensors[i] for i in pieces], addresses)
-
-    def note_sums(self, bucket: int, sums: list[int]) -> None:
-        if self.same_sums and sums and self.sums.get(bucket, sums) != sums:
-            raise StaleVersion("the weights have changed since that version: send a new one")
-        self.sums[bucket] = sums
-
-    def forget_tensors(self) -> None:
-        """Between updates no tensor of the trainer is kept alive."""
-        self.source.forget_tensors()
-        for copies in self.copies:
-            copies.clear()
+_Batch = list[tuple[_Engine, EngineReport]]
 
 
-_MODES = {
-    (True, False): "bucket",
-    (False, True): "direct",
-    (True, True): "direct+bucket",
-    (False, False): "bucket",
-}
+def _batches(pairs: _Batch) -> list[_Batch]:
+    """Engines one by one, but those that are sent to jointly."""
+    joint = [pair for pair in pairs if pair[0].target.jointly]
+    alone = [[pair] for pair in pairs if not pair[0].target.jointly]
+    return [*alone, joint] if joint else alone
 
 
-class _Session:
-    """A connection and the staging ring that the other side has opened."""
-
-    def __init__(self, path: str, patience: float, timeout: float):
-        self._timeout = timeout
-        self.channel = wire.connect(path, time.monotonic() + patience)
-        self.settled = True  # nothing of a transaction is under way
-        self.handed_over = False  # the receiver may have begun to copy
-        self._ring = memory.Ring([])
-        self._device = torch.device("cpu")
-        self._transaction = 0
-        self._opened: list[bytes] = []  # the trainer's own segments, as the receiver has them
-        self._handed: dict[int, int] = {}  # of those, generation by number, not acknowledged yet
-        self._generation = 0
-        self._retiring = False  # RETIRE was sent, RETIRED has not come yet
-        self._digest = b""
-        try:
-            hello = wire.Hello(secrets.token_bytes(16))
-            self._send(Type.HELLO, hello.encode())
-            self.welcome = wire.Welcome.decode(self._expect(Type.WELCOME).body)
-        except UpdateError:
-            self.channel.close()
-            raise
-
-    @property
-    def boot(self) -> bytes:
-        return self.welcome.boot
-
-    def alive(self) -> bool:
-        return self.channel.alive()
-
-    def outcome(self, layout: layouts.Layout) -> Outcome:
-        straight = self.welcome.names_from == "module"
-        names = [entry.name for entry in layout.entries]
-        return Outcome(
-            mode=_MODES[bool(layout.staged), layout.staged < len(layout.buckets)],
-            names_from=self.welcome.names_from,
-            tensors=len(names),
-            planned=len(names) if straight else 0,
-            fallback={} if straight else dict.fromkeys(names, "the receiver has a load_weights"),
-        )
-
-    def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
-    ) -> None:
-        """Let the receiver judge the manifest; raises what it found."""
-        if selector != "all":
-            raise Unsupported(f"a Receiver has one model: selector {selector!r} is SGLang's")
-        self._await_retired()
-        self._transaction += 1
-        self.settled = self.handed_over = False
-        fds = []
-        count = 0
-        if layout.digest != self._digest:
-            count = len(layout.encoded)
-            fds = [wire.manifest_fd(layout.encoded)]
-        begin = wire.Begin(version, partial, verify, layout.digest, count)
-        try:
-            self._send(Type.BEGIN, begin.encode(), fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        frame = self.channel.recv(self._deadline())
-        if frame.type is Type.FAILED and frame.transaction == self._transaction:
-            # Refused as a whole: the connection stays, and so does the receiver's last manifest.
-            self.settled = True
-            self._digest = b""
-            raise wire.Failed.decode(frame.body).error()
-        self._accept(frame, Type.CHECKED)
-        self._digest = layout.digest
-
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
-        """Have slots that are large enough, on the right device, open on both sides."""
-        wanted = min(buffers, layout.staged)
-        slots = self._ring.slots
-        large = all(slot.segment.nbytes >= layout.slot_bytes for slot in slots)
-        if len(slots) >= wanted and large and (device == self._device or not wanted):
-            return
-        nbytes = max([layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
-        if slots:
-            # The importer closes before the exporter frees.
-            self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
-            self._expect(Type.RETIRED)
-            self._ring.close()
-            self._opened = []
-        self._device = device
-        self._ring = memory.Ring([])
-        segments: list[memory.Segment] = []
-        try:
-            for index in range(max(wanted, len(slots))):
-                segment = memory.create(device, nbytes)
-                segments.append(segment)
-                info = wire.SegmentInfo(index, segment.handle)
-                fds = [] if segment.fd is None else [segment.fd]
-                self._send(Type.SEGMENT, info.encode(), fds)
-                self._expect(Type.OPENED)
-        finally:
-            self._ring = memory.Ring(segments)
-
-    def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
-        """Pack and hand over every bucket; returns when the receiver serves the new version."""
-        threads = torch.get_num_threads()
-        self._announce(plan.segments)
-        for bucket, copies in enumerate(plan.copies):
-            slot = self._ring.free_slot()
-            while slot is None:
-                self._await_ack()
-                slot = self._ring.free_slot()
-            clock.lap("wait")
-            slot.fill()
-            sums = slot.segment.pack(copies, checksum=verify, threads=threads)
-            slot.segment.finish()
-            plan.note_sums(bucket, sums)
-            slot.ready()
-            message = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums))
-            self.handed_over = True
-            self._send(Type.BUCKET, message.encode())
-            clock.lap("pack")
-        for bucket in range(plan.layout.staged, len(plan.layout.buckets)):
-            self._hand_over(plan, bucket, verify, threads)
-            clock.lap("sum")
-        while self._handed or any(s.state is memory.State.READY for s in self._ring.slots):
-            self._await_ack()
-        applied = wire.Applied.decode(self._expect(Type.APPLIED).body)
-        self.settled = True
-        clock.lap("wait")
-        return applied
-
-    def _announce(self, segments: list[memory.Segment]) -> None:
-        """Have the trainer's own segments open on the other side, and no others."""
-        wanted = [segment.handle.id for segment in segments]
-        if wanted == self._opened:
-            return
-        if self._opened:
-            self._send(Type.RETIRE, wire.Retire(direct_only=True).encode())
-            self._expect(Type.RETIRED)
-        self._opened = []
-        for number, segment in enumerate(segments):
-            info = wire.SegmentInfo(wire.MAX_SLOTS + number, segment.handle)
-            fds = [] if segment.fd is None else [segment.fd]
-            self._send(Type.SEGMENT, info.encode(), fds)
-            self._expect(Type.OPENED)
-        # The receiver closes memory of a GPU at the end of each update.
-        cuda = any(segment.handle.kind is memory.Kind.CUDA for segment in segments)
-        self._opened = [] if cuda else wanted
-
-    def _hand_over(self, plan: Plan, bucket: int, verify: bool, threads: int) -> None:
-        """A bucket that lies in the trainer's own memory: the engine copies from there."""
-        number = plan.layout.segments[bucket] - 1
-        segment = plan.segments[number]
-        sums = segment.sums(plan.layout.ranges[bucket], threads=threads) if verify else []
-        segment.finish()
-        plan.note_sums(bucket, sums)
-        self._generation += 1
-        slot = wire.MAX_SLOTS + number
-        while slot in self._handed:  # another bucket of the same segment
-            self._await_ack()
-        self._handed[slot] = self._generation
-        self.handed_over = True
-        message = wire.Bucket(bucket, slot, self._generation, tuple(sums))
-        self._send(Type.BUCKET, message.encode())
-
-    def release_staging(self) -> None:
-        if not self._ring.slots or self._retiring:
-            return
-        self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
-        self._retiring = True
-        self._opened = []
-        if self._device.type == "cuda":
-            self._await_retired()  # the importer closes before the exporter frees
-        self._ring.close()
-        self._ring = memory.Ring([])
-
-    def _await_retired(self) -> None:
-        """The answer to `release_staging`, which an engine gives when it polls."""
-        if self._retiring:
-            self._expect(Type.RETIRED)
-            self._retiring = False
-
-    def close(self) -> None:
-        """End politely: the receiver closes its handles first."""
-        if self.settled:
-            with contextlib.suppress(UpdateError):
-                cuda = self._device.type == "cuda"
-                if cuda:
-                    self._await_retired()
-                self._transaction += 1
-                self._send(Type.CLOSE)
-                if cuda:
-                    self._expect(Type.CLOSED)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Drop the connection; the receiver notices at once."""
-        alive = self.channel.alive()
-        self.channel.close()
-        if alive and self._device.type == "cuda" and not self.settled:
-            # The receiver may still read: freeing now would be undefined. It is freed with the
-            # process.
-            _LEAKED.append(self._ring)
-            return
-        self._ring.close()
-
-    def _await_ack(self) -> None:
-        ack = wire.Ack.decode(self._expect(Type.ACK).body)
-        if ack.slot < wire.MAX_SLOTS:
-            self._ring.ack(ack.slot, ack.generation)
-        elif self._handed.pop(ack.slot, None) != ack.generation:
-            raise ProtocolError(f"acknowledged segment {ack.slot}: never sent")
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._timeout
-
-    def _send(self, kind: Type, body: bytes = b"", fds: Iterable[int] = ()) -> None:
-        self.channel.send(Frame(kind, self._transaction, body, list(fds)), self._deadline())
-
-    def _expect(self, kind: Type) -> Frame:
-        return self._accept(self.channel.recv(self._deadline()), kind)
-
-    def _accept(self, frame: Frame, kind: Type) -> Frame:
-        return wire.accept(frame, kind, self._transaction)
+def _members(group: dist.ProcessGroup) -> set[int]:
+    return set(dist.get_process_group_ranks(group))
 
 
-_LEAKED: list[memory.Ring] = []
+def _as_json(report: UpdateReport | None) -> dict[str, Any] | None:
+    return None if report is None else report.to_json()
 
 
 def _close_sessions(engines: list[_Engine], pid: int) -> None:
     if os.getpid() == pid:
         for engine in engines:
             engine.close()
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-    def copy(self) -> Clock:
-        """With the same past: what follows is one engine's own."""
-        other = Clock()
-        other._start, other._last = self._start, self._last
-        other.seconds = dict(self.seconds)
-        return other
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

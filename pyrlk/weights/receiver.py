@@ -34,6 +34,7 @@ from .errors import (
     ProtocolError,
     StagingError,
     StaleVersion,
+    Unsupported,
     UpdateError,
 )
 from .wire import Frame, Type
@@ -275,6 +276,11 @@ class Receiver:
                 "an update broke off in this engine and left parts of two versions: send a full "
                 "update before a partial one"
             )
+        if begin.verify is wire.Verify.ENGINE and not self._engine.reads_back:
+            raise Unsupported(
+                'verify="engine": this receiver has a load_weights, which hides where it puts its '
+                'tensors; use verify="copy", or give the Receiver the module'
+            )
         self._engine.check(layout, begin.partial)
 
     def _receive(
@@ -284,9 +290,10 @@ class Receiver:
         threads = torch.get_num_threads()
         verify_seconds = copy_seconds = 0.0
         waiting: list[tuple[wire.Bucket, memory.Segment]] = []
+        sums: list[tuple[int, ...]] = []
         for number in range(len(layout.buckets)):
             bucket = self._next_bucket(session)
-            segment = session.take(bucket, number, layout, begin.verify)
+            segment = session.take(bucket, number, layout, bool(begin.verify))
             start = time.perf_counter()
             # A direct bucket is the trainer's memory itself: nothing lies in between, and what goes
             # into the engine is summed on the way.
@@ -294,6 +301,7 @@ class Receiver:
                 self._verify(segment, layout, bucket, threads)
             verify_seconds += time.perf_counter() - start
             waiting.append((bucket, segment))
+            sums.append(bucket.sums)
             # All or nothing where the ring holds everything; else a slot must come free.
             if layout.staged <= len(session.segments) and number + 1 < layout.staged:
                 continue
@@ -305,6 +313,10 @@ class Receiver:
                 self._send(Type.ACK, session.transaction, ack.encode())
             waiting.clear()
             copy_seconds += time.perf_counter() - start
+        if begin.verify is wire.Verify.ENGINE:
+            start = time.perf_counter()
+            self._engine.read_back(sums, threads)
+            verify_seconds += time.perf_counter() - start
         # torch may free a GPU's memory as soon as the trainer goes on.
         session.close_direct(memory.Kind.CUDA)
         return verify_seconds, copy_seconds
@@ -429,19 +441,20 @@ class _Session:
             self.close_segments()
 
     def close_segments(self) -> None:
-        while self.segments:
-            self.segments.pop().close()
-        self.close_direct()
         self._generations.clear()
+        try:
+            memory.close_all(self.segments)
+        finally:
+            self.close_direct()
 
     def close_direct(self, kind: memory.Kind | None = None) -> None:
         """All of the trainer's own segments, or none if the first is of another kind."""
         if self.direct and kind in (None, self.direct[0].handle.kind):
-            while self.direct:
-                self.direct.pop().close()
+            memory.close_all(self.direct)
 
     def close(self) -> None:
-        self.close_segments()
+        with contextlib.suppress(StagingError):  # nobody is left to be told
+            self.close_segments()
         self.channel.close()
 
 

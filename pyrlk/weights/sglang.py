@@ -4,8 +4,9 @@
              bytes the server maps from shared memory
     plan     started with --custom-weight-loader pyrlk.weights.sglang_loader.load: one request for
              all; bytes and answers go over our own socket, copies are replayed from a plan
+    distributed  any server, on any machine: each bucket is one broadcast of torch.distributed
 
-Both follow the order of sglang_server.py. What goes wrong before the engine's first copy is taken
+All follow the order of sglang_server.py. What goes wrong before the engine's first copy is taken
 back: the engine goes on with its old weights. Later, it stays paused under a version that says so,
 until a full update succeeds.
 """
@@ -17,26 +18,28 @@ from typing import Any
 
 from . import manifest
 from .errors import Unsupported
-from .publisher import Session, Target
+from .session import Session, Target
+from .sglang_distributed import DistributedSession
 from .sglang_plan import PlanSession
 from .sglang_server import LOADER, Server
 from .sglang_session import BucketSession, Settings
 
-_MODES = ("auto", "bucket", "plan")
+_MODES = ("auto", "bucket", "plan", "distributed")
 _PAUSES = ("retract", "abort", "in_place")
 
 
 @dataclass(frozen=True)
 class SGLang(Target):
-    """An SGLang server (0.5.23 is tested) by its URL, on this machine.
+    """An SGLang server (0.5.23 is tested) by its URL, on this machine unless `mode` says other.
 
     Parameters
     ----------
     url : str
         `http://host:port`; one server a replica (`--dp-size 1`).
-    mode : {"auto", "bucket", "plan"}
+    mode : {"auto", "bucket", "plan", "distributed"}
         "plan" needs a server started with
         `--custom-weight-loader pyrlk.weights.sglang_loader.load`; "auto" takes it where it can.
+        "distributed" is for a server on another machine: a broadcast of torch.distributed.
     pause : {"retract", "abort", "in_place"}
         What becomes of running requests: put back and prefilled anew under the new weights, ended,
         or kept with the key-value cache of the old weights.
@@ -71,8 +74,16 @@ class SGLang(Target):
                 f"unchecked_names must be a bool, got {type(self.unchecked_names).__name__}"
             )
         if self.expect is not None:
-            manifest.learn(self.expect, "", unchecked=False, engine_checks=False)
+            manifest.learn(self.expect, (), unchecked=False, engine_checks=False)
         Server(self.url, self.api_key, 1.0)
+
+    @property
+    def jointly(self) -> bool:  # type: ignore[override]
+        return self.mode == "distributed"
+
+    @property
+    def address(self) -> str:
+        return self.url
 
     def open(self, patience: float, timeout: float) -> Session:
         server = Server(self.url, self.api_key, timeout)
@@ -89,6 +100,8 @@ class SGLang(Target):
                 'server takes mode="bucket" alone'
             )
         settings = Settings(self.pause, self.expect, self.unchecked_names)
+        if self.mode == "distributed":
+            return DistributedSession(settings, server, info, timeout)
         if self.mode == "bucket" or not (info.loader and sessions):
-            return BucketSession(settings, server, info)
+            return BucketSession(settings, server, info, timeout)
         return PlanSession(settings, server, info, timeout)

@@ -6,7 +6,8 @@
     APPLIED of all
 
 No rank copies a byte before every rank has said CHECKED. The staging ring is the one of `Local`; a
-slot is free again when the last rank has read it.
+slot is free again when the last rank has read it. A rank is one process, whatever models it runs:
+those of a speculating server are counted once, by a request that only asks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -31,9 +33,11 @@ from .errors import (
     PeerLost,
     ProtocolError,
     Timeout,
+    Unsupported,
     UpdateError,
 )
-from .publisher import Clock, Outcome, Plan
+from .packing import Plan
+from .report import Clock, Outcome
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
 from .sglang_session import ServerSession, Settings
@@ -59,14 +63,20 @@ class PlanSession(ServerSession):
         self._device = torch.device("cpu")
         self._reading: dict[int, set[_Link]] = {}
         self._transaction = 0
+        self._runners: dict[str, int] = {}  # models in a process, by selector
 
-    def _opened(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+    def _opened(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: wire.Verify
+    ) -> None:
         """Wake the loaders and let each rank judge the manifest."""
-        nonce = secrets.token_bytes(16)
         self._transaction += 1
-        self._post = _Post(self._server, self._payloads(nonce), self._selector, self._info.watchdog)
         try:
+            if self._selector not in self._runners:
+                self._runners[self._selector] = self._count_runners()
+            nonce = self._request(self._runners[self._selector])
             self._gather(nonce)
+            # What the engine holds is asked over HTTP.
+            verify = min(verify, wire.Verify.COPY)
             begin = wire.Begin(version, partial, verify, layout.digest, 0)
             for link in self._links:
                 link.begin(begin, layout, self._transaction, self._deadline())
@@ -86,32 +96,13 @@ class PlanSession(ServerSession):
                 raise
 
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
-        threads = torch.get_num_threads()
-        try:
-            with self._undoing(self._previous):
-                for bucket, copies in enumerate(plan.copies):
-                    slot = self._free_slot()
-                    clock.lap("load")
-                    slot.fill()
-                    sums = slot.segment.pack(copies, checksum=verify, threads=threads)
-                    slot.segment.finish()
-                    slot.ready()
-                    clock.lap("pack")
-                    body = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums)).encode()
-                    self._reading[slot.index] = set(self._links)
-                    self.handed_over = True
-                    for link in self._links:
-                        self._send(link, Type.BUCKET, body)
-                    clock.lap("hand-over")
-                self._collect(Type.APPLIED)
-                clock.lap("load")
-                assert self._post is not None
-                self._post.join(self._timeout)
-                clock.lap("hand-over")
-                self._finish()
-        except BaseException:
-            self._hang_up()
-            raise
+        with self._undoing(self._previous):
+            try:
+                self._hand_over(plan, verify, clock)
+                self._finish(plan)
+            except BaseException:
+                self._hang_up()  # before anything is taken back: the loaders must return
+                raise
         clock.lap("finish")
         applied = [link.applied for link in self._links if link.applied is not None]
         return wire.Applied(
@@ -120,9 +111,29 @@ class PlanSession(ServerSession):
             max((a.copy_seconds for a in applied), default=0.0),
         )
 
+    def _hand_over(self, plan: Plan, verify: bool, clock: Clock) -> None:
+        for bucket in range(plan.layout.staged):
+            slot = self._free_slot()
+            clock.lap("load")
+            slot.fill()
+            sums = plan.start(bucket, slot.segment, verify).wait(self._timeout)
+            slot.ready()
+            clock.lap("pack")
+            body = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums or ())).encode()
+            self._reading[slot.index] = set(self._links)
+            self.handed_over = True
+            for link in self._links:
+                self._send(link, Type.BUCKET, body)
+            clock.lap("hand-over")
+        self._collect(Type.APPLIED)
+        clock.lap("load")
+        assert self._post is not None
+        self._post.join(self._timeout)
+        clock.lap("hand-over")
+
     def outcome(self, layout: layouts.Layout) -> Outcome:
         assert self._sent is not None
-        names = [entry.name for entry in self._sent[2].entries]
+        names = [entry.name for entry in self._sent[1].entries]
         fallback: dict[str, str] = {}
         for link in self._links:
             for name, code in zip(names, link.status, strict=False):
@@ -137,8 +148,9 @@ class PlanSession(ServerSession):
             fallback=fallback,
         )
 
-    def close(self) -> None:
-        self.abandon()
+    def cancel(self) -> None:
+        self._hang_up()
+        super().cancel()
 
     def abandon(self) -> None:
         self._hang_up()
@@ -150,13 +162,65 @@ class PlanSession(ServerSession):
 
     def _restarted(self, info: Info) -> None:
         super()._restarted(info)
+        self._runners.clear()
         self._hang_up()
 
-    def _payloads(self, nonce: bytes) -> list[str]:
-        return [
-            sglang_payload.control_payload(Payload(rank, self._timeout, nonce, self._path).encode())
+    def _request(self, runners: int) -> bytes:
+        """Have SGLang call load() everywhere; returns the nonce that the calls name."""
+        nonce = secrets.token_bytes(16)
+        payloads = [
+            Payload(rank, runners, self._timeout, nonce, self._path).encode()
             for rank in range(self._info.tp_size)
         ]
+        encoded = list(map(sglang_payload.control_payload, payloads))
+        self._post = _Post(self._server, encoded, self._selector, self._info.watchdog)
+        return nonce
+
+    def _count_runners(self) -> int:
+        """How many models the selector means in each process."""
+        if not self._info.drafts:
+            return 1
+        nonce = self._request(runners=0)
+        assert self._post is not None
+        calls: Counter[int] = Counter()
+        deadline = self._deadline()
+        while True:
+            poller = select.poll()
+            poller.register(self._listener, select.POLLIN)
+            poller.register(self._post.done, select.POLLIN)
+            left = deadline - time.monotonic()
+            ready = {fd for fd, _ in poller.poll(max(0.0, left) * 1000)}
+            if not ready:
+                raise Timeout(f"{self._server.url}: no answer within {self._timeout:g} s")
+            if self._listener.fileno() not in ready:
+                break  # the request has ended, and nobody is left to be let in
+            sock, _ = self._listener.accept()
+            channel = wire.Channel(sock)
+            try:
+                frame = wire.accept(channel.recv(deadline), Type.ATTACH, 0)
+            finally:
+                channel.close()
+            attach = wire.Attach.decode(frame.body)
+            if attach.nonce == nonce:
+                calls[attach.rank] += 1
+        self._post.join(self._timeout)
+        self._post = None
+        counts = {calls[rank] for rank in range(self._info.tp_size)}
+        count, rest = divmod(max(counts), self._info.pp_size)
+        if max(counts) == 0:
+            raise ApplyFailed(self._unheard("ATTACH"))
+        if len(counts) > 1 or rest:
+            raise Unsupported(
+                f"{self._server.url}: its processes run different numbers of models "
+                f'({dict(calls)} calls a rank): use mode="bucket"'
+            )
+        return count
+
+    def _unheard(self, what: str) -> str:
+        return (
+            f"{self._server.url} answered, but {LOADER} was not heard of: {what} is missing. "
+            "Is this the machine, the user and the mount namespace of the server?"
+        )
 
     def _gather(self, nonce: bytes) -> None:
         """ATTACH of every rank, on a kept connection or a new one."""
@@ -303,10 +367,7 @@ class PlanSession(ServerSession):
         if not out:
             # The request has ended, and nobody has anything more to say.
             self._post.join(0.0)
-            raise ApplyFailed(
-                f"{self._server.url} answered, but {LOADER} was not heard of: {what} is missing. "
-                "Is this the machine, the user and the mount namespace of the server?"
-            )
+            raise ApplyFailed(self._unheard(what))
         return out
 
     def _send(self, link: _Link, kind: Type, body: bytes) -> None:

@@ -102,10 +102,14 @@ class Info:
     tp_size: int
     pp_size: int
     model_path: str
+    draft_path: str  # of a speculating server's draft; "" if that is in the model's own files
+    drafts: bool
     dtype: str
+    device: str
     loader: bool
     watchdog: float
     release: str
+    layout: tuple[str, ...]  # equal for two servers whose tensors are cut and fused alike
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Info:
@@ -118,11 +122,28 @@ class Info:
             tp_size=_size(raw, "tp_size"),
             pp_size=_size(raw, "pp_size"),
             model_path=str(raw.get("model_path") or ""),
+            draft_path=str(raw.get("speculative_draft_model_path") or ""),
+            drafts=bool(raw.get("speculative_algorithm")),
             dtype=str(raw.get("dtype") or ""),
+            device=str(raw.get("device") or "cuda"),
             loader=LOADER in ([loaders] if isinstance(loaders, str) else loaders),
             watchdog=float(raw.get("watchdog_timeout") or 300.0),
             release=str(raw.get("version") or "unknown"),
+            layout=tuple(str(raw.get(name)) for name in _LAYOUT),
         )
+
+
+_LAYOUT = (
+    "version",
+    "device",
+    "dtype",
+    "tp_size",
+    "pp_size",
+    "ep_size",
+    "attention_backend",
+    "moe_runner_backend",
+    "speculative_algorithm",
+)
 
 
 def _size(raw: dict[str, Any], name: str) -> int:
@@ -282,6 +303,68 @@ class Server:
         if version is not None:
             body["weight_version"] = version
         self._ok("/update_weights_from_tensor", body)
+
+    def init_group(
+        self, address: str, port: int, offset: int, world: int, name: str, backend: str
+    ) -> None:
+        """Have the server's ranks join a process group as `offset`, `offset` + 1, …"""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": offset,
+            "world_size": world,
+            "group_name": name,
+            "backend": backend,
+        }
+        self._ok("/init_weights_update_group", body)
+
+    def update_from_group(
+        self,
+        group: str,
+        names: list[str],
+        dtypes: list[str],
+        shapes: list,
+        selector: str,
+        version: str | None = None,
+    ) -> None:
+        """One /update_weights_from_distributed; returns when the bucket is received and loaded."""
+        body = {
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        if self.sessions:
+            body["selector"] = selector
+        if version is not None:
+            body["weight_version"] = version
+        self._ok("/update_weights_from_distributed", body)
+
+    def destroy_group(self, name: str) -> None:
+        self._ok("/destroy_weights_update_group", {"group_name": name})
+
+    def require_checker(self) -> None:
+        """Raises Unsupported where the server cannot hash its weights; hashes nothing."""
+        status, _ = self.http.request("OPTIONS", "/weights_checker")
+        if status == 404:
+            raise Unsupported(
+                f'verify="engine": {self.url} has no /weights_checker; use verify="copy", or a '
+                "newer SGLang"
+            )
+
+    def checksums(self, selector: str) -> list[dict[str, str]]:
+        """Of each rank, the hash of each of its tensors."""
+        body = {"action": "checksum", "selector": selector}
+        status, answer = self.http.request("POST", "/weights_checker", body)
+        if status != 200 or not isinstance(answer, dict) or not answer.get("success", True):
+            raise ApplyFailed(f"{self.url}/weights_checker: {status} {_text(answer)}")
+        try:
+            return [dict(rank["checksums"]) for rank in answer["ranks"]]
+        except (KeyError, TypeError, ValueError):
+            raise ApplyFailed(f"{self.url}/weights_checker names no checksums") from None
 
     def close(self) -> None:
         self.http.close()

@@ -8,6 +8,7 @@ Until a byte may have been copied, an error takes all of it back.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import secrets
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ import torch
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
 from .errors import EngineDirty, StagingError, StaleVersion, UpdateError
-from .publisher import Clock, Outcome, Plan
+from .packing import Plan
+from .references import state_after
+from .report import Clock, Outcome
 from .sglang_server import DIRTY, Info, Lock, Server
 
 
@@ -45,13 +48,17 @@ class ServerSession:
         self._server = server
         self._info = info
         self._lock = Lock(server.url)
-        self._manifest: manifest.Manifest | None = None
+        self._manifests: dict[str, manifest.Manifest] = {}  # by selector
         self._chosen: list[list[int]] = []
-        self._sent: tuple[layouts.Layout, bool, layouts.Layout] | None = None
+        self._sent: tuple[tuple, layouts.Layout] | None = None
         self._selector = "all"
         self._version = -1
         self._begun = False
         self._durable = True
+        self._asks = self._partial = False
+        self._state: bytes | None = None  # of the engine's weights, with verify="engine"
+        self._applied = ""  # the version that this session left
+        self._previous: str | None = None  # the version before this update; None: dirty
 
     @property
     def boot(self) -> bytes:
@@ -60,10 +67,26 @@ class ServerSession:
     def alive(self) -> bool:
         return True
 
+    def holds(self, version: int) -> bool:
+        """A restarted server answers under another version, and has another boot."""
+        try:
+            same = self._server.info().boot == self._info.boot
+            return same and self._server.version() == str(version)
+        except UpdateError:
+            return False
+
     def begin(
-        self, layout: layouts.Layout, version: int, partial: bool, verify: bool, selector: str
+        self,
+        layout: layouts.Layout,
+        version: int,
+        partial: bool,
+        verify: wire.Verify,
+        selector: str,
     ) -> None:
         """Check everything, then stop the engine and open its session."""
+        self._asks = verify is wire.Verify.ENGINE
+        if self._asks:
+            self._server.require_checker()
         info = self._server.info()
         if info.boot != self._info.boot:
             self._restarted(info)
@@ -80,10 +103,13 @@ class ServerSession:
             )
         if not dirty and current.isdecimal() and version <= int(current):
             raise StaleVersion(f"version {version} is not above {current}, which the server has")
+        if selector != self._selector or current != self._applied:
+            self._state = None  # what it was is not known, or of other models
+        self._selector, self._version, self._partial = selector, version, partial
         sent = self._select(layout, partial)
-        self._selector, self._version = selector, version
         self.settled = self.handed_over = self._begun = False
-        with self._undoing(None if dirty else current):
+        self._previous = None if dirty else current
+        with self._undoing(self._previous):
             self._server.pause(self._settings.pause)
             if self._settings.pause != "in_place":
                 self._server.flush()
@@ -91,7 +117,6 @@ class ServerSession:
             self._server.begin(selector, recover=dirty)
             self._begun = True
             self._opened(sent, version, partial, verify)
-        self._previous = None if dirty else current
 
     def outcome(self, layout: layouts.Layout) -> Outcome:
         names = [layout.entries[i].name for part in self._chosen for i in part]
@@ -106,6 +131,11 @@ class ServerSession:
     def release_staging(self) -> None:
         """Nothing is kept between updates, unless a mode says so."""
 
+    def cancel(self) -> None:
+        with contextlib.suppress(UpdateError), self._undoing(self._previous):
+            raise UpdateError("cancelled")
+        self.abandon()
+
     def close(self) -> None:
         self.abandon()
 
@@ -114,13 +144,28 @@ class ServerSession:
         self._server.close()
         self._lock.close()
 
-    def _finish(self) -> None:
+    def _finish(self, plan: Plan) -> None:
         """Every rank has the new weights: make the version visible and go on."""
         self._server.end()
+        if self._asks:
+            self._ask(plan)
         if self._durable:
             self._server.set_version(str(self._version))
         self._server.resume()
+        self._applied = str(self._version)
         self.settled = True
+
+    def _ask(self, plan: Plan) -> None:
+        """Whether the engine holds what the same tensors made of another one, or of itself."""
+        before, self._state = self._state, None
+        if self._partial and before is None:
+            return  # onto weights that we did not bring: nothing to compare with
+        before = before if self._partial else None
+        state = state_after(before, self._selector, plan.content())
+        layout = *self._info.layout, self._selector
+        found = self._server.checksums(self._selector)
+        plan.references.check(layout, state, self._server.url, found)
+        self._state = state
 
     @contextlib.contextmanager
     def _undoing(self, previous: str | None) -> Iterator[None]:
@@ -141,74 +186,89 @@ class ServerSession:
                 self.settled = True
             raise
 
-    def _opened(self, layout: layouts.Layout, version: int, partial: bool, verify: bool) -> None:
+    def _opened(
+        self, layout: layouts.Layout, version: int, partial: bool, verify: wire.Verify
+    ) -> None:
         """The engine's session is open; nothing has been copied."""
 
     def _restarted(self, info: Info) -> None:
         self._info = info
-        self._manifest = self._sent = None
+        self._sent = self._state = None
+        self._manifests.clear()
 
     def _select(self, layout: layouts.Layout, partial: bool) -> layouts.Layout:
         """The layout without the names that the engine need not hear of."""
-        if self._sent is None or self._sent[0] is not layout or self._sent[1] is not partial:
+        key = layout.digest, partial, self._selector
+        if self._sent is None or self._sent[0] != key:
             dtype = manifest.engine_dtype(self._info.dtype)
             self._chosen = self._names().select(layout, partial, dtype)
             keep = {i for part in self._chosen for i in part}
             entries = tuple(e for i, e in enumerate(layout.entries) if i in keep or not e.nbytes)
-            self._sent = layout, partial, layouts.Layout(entries, layout.buckets, layout.segments)
-        return self._sent[2]
+            self._sent = key, layouts.Layout(entries, layout.buckets, layout.segments)
+        return self._sent[1]
 
     def _names(self) -> manifest.Manifest:
-        if self._manifest is None:
-            self._manifest = manifest.learn(
+        if self._selector not in self._manifests:
+            info = self._info
+            draft = info.draft_path or info.model_path
+            paths = {"target": [info.model_path], "draft": [draft]}
+            self._manifests[self._selector] = manifest.learn(
                 self._settings.expect,
-                self._info.model_path,
+                paths.get(self._selector, [info.model_path, *([draft] if info.drafts else [])]),
                 unchecked=self._settings.unchecked_names,
                 engine_checks=self.engine_checks,
             )
-        return self._manifest
+        return self._manifests[self._selector]
 
 
 class BucketSession(ServerSession):
-    """Buckets through shared memory files, one request each."""
+    """Buckets through shared memory files, one request each.
+
+    A request returns when the server has read its bucket; meanwhile the next one is filled.
+    """
 
     mode = "bucket"
 
-    def __init__(self, settings: Settings, server: Server, info: Info):
+    def __init__(self, settings: Settings, server: Server, info: Info, timeout: float):
         super().__init__(settings, server, info)
-        self._segment: memory.Segment | None = None
+        self._timeout = timeout
+        self._segments: list[memory.Segment] = []
 
     def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
-        """One buffer: a request returns when the server has read it."""
-        if self._segment is not None and self._segment.nbytes >= layout.slot_bytes:
+        wanted = min(buffers, layout.staged, 2)
+        large = all(s.nbytes >= layout.slot_bytes for s in self._segments)
+        if len(self._segments) >= wanted and large:
             return
         self._release()
-        if not layout.slot_bytes:
-            return
         with self._undoing(self._previous):
-            self._segment = _shared_segment(layout.slot_bytes)
+            for _ in range(wanted):
+                self._segments.append(_shared_segment(layout.slot_bytes))
 
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
-        threads = torch.get_num_threads()
-        layout = plan.layout
-        last = len(plan.copies) - 1
-        for bucket, copies in enumerate(plan.copies):
-            assert self._segment is not None
-            with self._undoing(self._previous):
-                self._segment.pack(copies, checksum=False, threads=threads)
-                entries = [layout.entries[i] for i in self._chosen[bucket]]
-                flat = self._segment.flat[: layout.buckets[bucket]]
-                payloads = [
-                    sglang_payload.bucket_payload(flat, entries) for _ in range(self._info.tp_size)
-                ]
-            clock.lap("pack")
-            self.handed_over = True
-            late = str(self._version) if not self._durable and bucket == last else None
-            with self._undoing(None):
-                self._server.update(payloads, "flattened_bucket", self._selector, late)
+        count = plan.layout.staged
+        with self._undoing(self._previous):
+            with concurrent.futures.ThreadPoolExecutor(1, "pyrlk-post") as thread:
+                request: concurrent.futures.Future[None] | None = None
+                for bucket in range(count):
+                    segment = self._segments[bucket % len(self._segments)]
+                    if request is not None and len(self._segments) == 1:
+                        request.result()
+                    plan.start(bucket, segment, verify).wait(self._timeout)
+                    clock.lap("pack")
+                    if request is not None:
+                        request.result()
+                    # Made now: what a payload counts, somebody must read.
+                    payloads = self._payloads(plan.layout, bucket, segment)
+                    late = str(self._version) if not self._durable and bucket + 1 == count else None
+                    self.handed_over = True
+                    request = thread.submit(
+                        self._server.update, payloads, "flattened_bucket", self._selector, late
+                    )
+                    clock.lap("hand-over")
+                if request is not None:
+                    request.result()
             clock.lap("hand-over")
-        with self._undoing(None):
-            self._finish()
+            self._finish(plan)
         clock.lap("finish")
         return wire.Applied(self._version, 0.0, 0.0)
 
@@ -219,14 +279,20 @@ class BucketSession(ServerSession):
         super().abandon()
         self._release()
 
+    def _payloads(self, layout: layouts.Layout, bucket: int, segment: memory.Segment) -> list[str]:
+        """One a tensor-parallel rank; what is in them is counted, so each must be read."""
+        entries = [layout.entries[i] for i in self._chosen[bucket]]
+        flat = segment.flat[: layout.buckets[bucket]]
+        return [sglang_payload.bucket_payload(flat, entries) for _ in range(self._info.tp_size)]
+
     def _restarted(self, info: Info) -> None:
         super()._restarted(info)
         self._release()  # an engine that died in the middle may have left its counts
 
     def _release(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        for segment in self._segments:
+            segment.close()
+        self._segments = []
 
 
 def _shared_segment(nbytes: int) -> memory.Segment:

@@ -7,6 +7,7 @@ forms and owners as before: the layout stands, and only the addresses are new
 
 from __future__ import annotations
 
+import abc
 import itertools
 import operator
 import weakref
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import layout as layouts
@@ -166,6 +168,68 @@ def _pairs(named_tensors: Any) -> Iterator[tuple[Any, Any]]:
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise TypeError(f"named_tensors must yield (name, tensor), got {item!r:.80}")
         yield item[0], item[1]
+
+
+class Work(abc.ABC):
+    """A bucket that is under way."""
+
+    @abc.abstractmethod
+    def wait(self, timeout: float) -> list[int] | None:
+        """Until the bucket's bytes lie in `out`; the sum of each of its pieces.
+
+        None on a rank that only contributes, and with `checksum=False`.
+
+        Raises
+        ------
+        PeerLost
+            Another rank is gone, or gave up.
+        Timeout
+            `timeout` seconds have passed.
+        """
+
+
+class Sharded(abc.ABC):
+    """Weights whose tensors lie in parts on the ranks of a group, gathered bucket by bucket.
+
+    Every rank calls the same methods in the same order: `specs` is equal on all of them, so the
+    layout that is planned from it is too, and `start` is a collective for every bucket.
+
+        layout = layouts.plan(source.specs(), bucket_bytes)
+        work = source.start(layout, 0, out)        # returns at once
+        sums = work.wait(timeout)                  # bytes of bucket 0 lie in `out`, as Segment.pack
+                                                   # would have put them there
+
+    The next bucket may be started before this one is waited for: two are in flight at most.
+    """
+
+    group: dist.ProcessGroup | None
+
+    @abc.abstractmethod
+    def specs(self) -> list[layouts.Spec]:
+        """Whole tensors: names, shapes, dtypes; equal on every rank. Nothing moves."""
+
+    @abc.abstractmethod
+    def start(
+        self,
+        layout: layouts.Layout,
+        bucket: int,
+        out: memory.Segment | Tensor | None,
+        *,
+        checksum: bool = True,
+    ) -> Work:
+        """Begin the one collective of a bucket.
+
+        Parameters
+        ----------
+        layout : Layout
+            Of `specs()`.
+        bucket : int
+        out : Segment, flat uint8 tensor, or None
+            This rank's memory for the bucket, None where it only contributes. Which ranks have one
+            stays the same from bucket to bucket and from update to update of one layout.
+        checksum : bool
+            Sum each tensor on its way into `out`.
+        """
 
 
 class ModuleState:

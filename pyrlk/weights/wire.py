@@ -259,11 +259,19 @@ class Retire:
         return cls(_flag(direct_only, "RETIRE"))
 
 
+class Verify(enum.IntEnum):
+    """What is proven of an update; each level holds the one before it."""
+
+    OFF = 0
+    COPY = 1  # sums of what arrived and of what was copied
+    ENGINE = 2  # and, after the last copy, of what the engine then holds
+
+
 @dataclass(frozen=True)
 class Begin:
     version: int
     partial: bool
-    verify: bool
+    verify: Verify
     digest: bytes
     manifest_bytes: int  # 0: the one of the update before
 
@@ -277,9 +285,11 @@ class Begin:
     @classmethod
     def decode(cls, body: bytes) -> Begin:
         version, partial, verify, digest, count = _unpack(cls._form, body, "BEGIN")
-        if version < 0 or count > MAX_MANIFEST:
-            raise ProtocolError(f"BEGIN: version {version}, manifest of {count} bytes")
-        return cls(version, _flag(partial, "BEGIN"), _flag(verify, "BEGIN"), digest, count)
+        if version < 0 or count > MAX_MANIFEST or verify > max(Verify):
+            raise ProtocolError(
+                f"BEGIN: version {version}, manifest of {count} bytes, verify {verify}"
+            )
+        return cls(version, _flag(partial, "BEGIN"), Verify(verify), digest, count)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""What each rank of a small gloo group checks; test_vocab_parallel.py starts the ranks.
-
-    python ranks.py RANK RANKS RENDEZVOUS RESULTS
+"""What each rank of a small gloo group checks; test_vocab_parallel.py has one test a check.
 
 Every check runs on all ranks and compares with the whole vocabulary, which every rank also has.
 """
@@ -8,26 +6,18 @@ Every check runs on all ranks and compares with the whole vocabulary, which ever
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
+from harness import check, collectives, main
 
 import pyrlk
 from pyrlk import reference
 from pyrlk.parallel import sampling as sharded
 
 T, V, H = 24, 1000, 32
-CHECKS = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
 
 
 class Case:
@@ -610,14 +600,6 @@ def errors_of_a_draw_name_the_argument():
     raises(TypeError, "group must be", pyrlk.sample, **(z | {"group": 1}))
 
 
-def collectives(call):
-    """Names of the collectives that the dispatcher of c10d saw."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-    return sorted(e.name for e in profile.events() if e.name.startswith("c10d::"))
-
-
 @check
 def one_collective_a_call():
     """Equal shards from the first call on, others from the second; ∂hidden is one all-reduce."""
@@ -801,24 +783,5 @@ def the_normalizer_counts_all_ranks():
     near_gradient(mine.grad / ranks, rows(z.grad), 4e-6, z.grad)
 
 
-def main(rank: int, ranks: int, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-    said = {}
-    for name, function in CHECKS.items():
-        try:
-            function()
-            said[name] = ""
-        except Exception:
-            said[name] = traceback.format_exc()
-        every = [None] * ranks
-        dist.all_gather_object(every, said[name])
-        if any(every):
-            break  # the ranks may no longer be in step
-    with open(f"{results}.{rank}", "w") as file:
-        json.dump(said, file)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main()

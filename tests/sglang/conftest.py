@@ -18,12 +18,15 @@ class Kind:
     env: dict[str, str] = field(default_factory=dict)
 
 
+TP2 = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 KINDS = {
     "dense": Kind("dense"),
     "moe": Kind("moe", torch.bfloat16),
+    "moe-small": Kind("moe-small", torch.bfloat16),
+    "moe-small-tp2": Kind("moe-small", torch.bfloat16, ("--tp-size", "2"), TP2),
     "tied": Kind("tied"),
     "replica": Kind("dense"),
-    "tp2": Kind("dense", flags=("--tp-size", "2"), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}),
+    "tp2": Kind("dense", flags=("--tp-size", "2"), env=TP2),
 }
 
 
@@ -38,6 +41,7 @@ def names_of(item) -> list[str]:
     return [name for mark in item.iter_markers("server") for name in mark.args]
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(config, items):
     """One server's tests after another's: few are there at once."""
     order = list(KINDS)
@@ -64,7 +68,7 @@ class Servers:
     def __call__(self, name: str) -> Server:
         server = self._start(name).wait()
         assert not server.ended(), server.tail()
-        for other in self._ahead():
+        for other in self._next(name):
             self._start(other)
         return server
 
@@ -74,11 +78,9 @@ class Servers:
             if not any(name in names for names in self._wanted):
                 self.stop(name)
 
-    def _ahead(self) -> list[str]:
-        for names in self._wanted:
-            if any(name not in self._running for name in names):
-                return names
-        return []
+    def _next(self, name: str) -> list[str]:
+        """What the first test asks for that asks for another than this one."""
+        return next((names for names in self._wanted if set(names) - {name}), [])
 
     def _start(self, name: str) -> Server:
         if name not in self._running:

@@ -28,7 +28,7 @@ PROMPT = [5, 9, 100, 200, 17, 33, 44, 301, 8]
 def make_model(kind: str, seed: int, dtype=torch.float32):
     """A random transformers model, off its constants so that a lost update shows.
 
-    kind: "dense" | "tied" | "moe" | "moe-large"; 128 experts in each of 8 layers.
+    kind: "dense" | "tied" | "moe" | "moe-large", 128 experts in each of 8 layers | "moe-small".
     """
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
@@ -48,14 +48,14 @@ def make_model(kind: str, seed: int, dtype=torch.float32):
         "initializer_range": 0.2,
     }
     if kind.startswith("moe"):
-        common.update(num_hidden_layers=8)
+        common.update(num_hidden_layers=4 if kind == "moe-small" else 8)
         inner = 32
         if kind == "moe-large":  # 200 MB in bfloat16
             common.update(hidden_size=256, head_dim=64)
             inner = 128
         experts = {
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
+            "num_experts": 8 if kind == "moe-small" else 128,
+            "num_experts_per_tok": 2 if kind == "moe-small" else 8,
             "moe_intermediate_size": inner,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
@@ -99,6 +99,7 @@ class Parent:
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the next run imports faster
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [PYTHON, str(HERE / "serve.py")],

@@ -21,7 +21,7 @@ import torch
 from live import PROMPT, PYTHON, SITE, make_model
 from safetensors.torch import save_file
 
-from pyrlk import weights
+from pyrlk import doctor, weights
 from pyrlk.weights import sglang_server
 
 TOLERANCE = 1e-5  # float32 log-probs against transformers
@@ -319,29 +319,24 @@ def test_a_server_that_is_killed(servers, name):
             again.kill()
 
 
-def doctor(*arguments):
-    """Its lines by name, from a process of its own that has pyrlk as the server has it."""
-    command = [sys.executable, "-m", "pyrlk.cli", "doctor", "--json", *arguments]
-    environment = {**os.environ, "PYTHONPATH": SITE}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd="/", check=False
-    )
-    lines = json.loads(done.stdout)["lines"]
-    return done.returncode, {line["name"]: line for line in lines}
-
-
 @on("dense")
 def test_doctor_sees_the_server_and_its_interpreter(servers, name):
+    """Run with pyrlk as the server has it."""
     server = servers(name)
-    code, lines = doctor("--engine-url", server.url, "--engine-python", PYTHON)
-    assert code == 0
-    assert lines["engine"]["value"].startswith("SGLang 0.5.23, tp 1, pp 1, float32")
-    assert lines["engine dialect"]["value"] == "begin/end sessions"
-    assert lines["engine loader"]["value"].startswith("yes")
-    loader = lines["engine python"]["value"]
-    assert loader.startswith("yes: loader imported")
-    assert "sglang 0.5.23" in loader
-    assert os.path.realpath(loader.split("pyrlk in ")[1]) == os.path.realpath(f"{SITE}/pyrlk")
+    command = [sys.executable, "-m", "pyrlk.cli", "doctor", "--json"]
+    command += ["--engine-url", server.url, "--engine-python", PYTHON]
+    environment = {**os.environ, "PYTHONPATH": SITE}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd="/", check=True
+    )
+    lines = {line["name"]: line["value"] for line in json.loads(done.stdout)["lines"]}
+    assert lines["engine"].startswith("SGLang 0.5.23, tp 1, pp 1, float32")
+    assert lines["engine dialect"] == "begin/end sessions"
+    assert lines["engine loader"].startswith("yes")
+    assert lines["engine python"].startswith("yes: loader imported")
+    assert "sglang 0.5.23" in lines["engine python"]
+    place = lines["engine python"].split("pyrlk in ")[1]
+    assert os.path.realpath(place) == os.path.realpath(f"{SITE}/pyrlk")
 
 
 @on("dense")
@@ -349,9 +344,8 @@ def test_doctor_sees_an_update_that_broke_off(servers, name):
     server = servers(name)
     version = server.next_version()
     server.post("/update_weight_version", {"new_version": f"pyrlk-updating:{version}"})
-    code, lines = doctor("--engine-url", server.url)
-    assert code == 0
-    assert lines["engine"]["cure"] == "send a full update"
+    lines = doctor.report(doctor.Engine(server.url))
+    assert [line.cure for line in lines if line.name == "engine"] == ["", "send a full update"]
     with publisher(server, "auto") as p:
         with pytest.raises(weights.EngineDirty):
             p.update({"model.norm.weight": torch.ones(64)}, version=version + 1, partial=True)

@@ -45,6 +45,7 @@ SWEEPS = {
 TILES_READ = {"sample_tiles_fwd": 1, "sample_tiles_fwd allowed": 1, "sample_masses_fwd": 1}
 TILES_READ |= {"sample_fwd": 0, "sample_fwd exact": 0, "support_fwd": 1}
 TILES_READ |= {"token_logprobs_bwd kept": 0, "policy_loss_fwd all kept": 4}
+TILES_READ |= {"pack_fwd": 1, "pack_fwd sums": 1, "pack_fwd copy": 1}
 TILES_READ |= {name: 4 * sum(s[0] for s in sweeps) for name, sweeps in SWEEPS.items()}
 
 # The same for a tile of the sampler. At 4.3 TB/s an H200 issues 14 for an element in bfloat16, so
@@ -115,6 +116,8 @@ def check(entries, target, dtype):
         # Half a tile is 8 bytes a lane of a wave of 64.
         half = name == "support_fwd" and lanes == 64 and size == 2
         assert entry["loads"].get("64" if half else "128", 0) >= TILES_READ[name] * accesses, entry
+        if name in ("pack_fwd", "pack_fwd copy"):
+            assert entry["stores"]["128"] == entry["loads"]["128"], entry
         # 70000 rows of 151936 columns are more than 2^31 elements.
         assert entry["offset_bits"] == 64, entry
         if target == "sm_90" and name in TRIPS:

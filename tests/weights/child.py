@@ -35,7 +35,7 @@ def say(line: str) -> None:
 
 
 def receive(options: argparse.Namespace) -> None:
-    model = make_model(seed=1)
+    model = make_model(seed=1).to(options.device)
     target = model
     if options.hang:
         # A load_weights that never returns: the publisher waits for a process about to be killed.
@@ -68,8 +68,15 @@ def publish(options: argparse.Namespace) -> None:
 
     memory.Segment.pack = stop_at
     target = weights.Local(options.socket)
-    with publisher.Publisher(target, bucket_bytes=options.bucket_bytes) as sender:
-        sender.update(make_model(seed=2), version=options.version)
+    model = make_model(seed=2).to(options.device)
+    if options.strided:
+        weight = model[0].weight
+        weight.data = weight.data.t().contiguous().t()
+    with publisher.Publisher(
+        target, bucket_bytes=options.bucket_bytes, verify=options.verify
+    ) as sender:
+        for version in range(options.first or options.version, options.version + 1):
+            say(f"mode {sender.update(model, version=version).mode}")
 
 
 def main() -> None:
@@ -77,11 +84,15 @@ def main() -> None:
     parser.add_argument("role", choices=["receiver", "publisher"])
     parser.add_argument("socket")
     parser.add_argument("--version", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--hang", action="store_true")
     parser.add_argument("--stay", action="store_true")
     parser.add_argument("--hang-at", type=int, default=-1)
     parser.add_argument("--bucket-bytes", type=int, default=512 << 20)
     parser.add_argument("--fake-cuda", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--strided", action="store_true")
+    parser.add_argument("--verify", default="copy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.fake_cuda:

@@ -1,4 +1,7 @@
 import contextlib
+import os
+import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -11,6 +14,26 @@ import torch
 from pyrlk import weights
 
 CHILD = Path(__file__).with_name("child.py")
+_SECONDS: dict[str, list[float]] = {}  # of the cases of each kind of fault
+
+
+@pytest.fixture
+def record_cases() -> Callable[[str, list[float]], None]:
+    """record_cases(kind, seconds): printed at the end of the session."""
+    return lambda kind, seconds: _SECONDS.setdefault(kind, []).extend(seconds)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not _SECONDS:
+        return
+    terminalreporter.section("faults: milliseconds a case")
+    terminalreporter.write_line(f"{'median':>8} {'p95':>8} {'worst':>8} {'cases':>7}  kind")
+    for kind, seconds in ((k, s) for k, s in _SECONDS.items() if s):
+        ordered = sorted(1e3 * s for s in seconds)
+        middle, late = statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))]
+        terminalreporter.write_line(
+            f"{middle:8.1f} {late:8.1f} {ordered[-1]:8.1f} {len(ordered):7}  {kind}"
+        )
 
 
 @pytest.fixture
@@ -36,6 +59,18 @@ def start(socket_path: str) -> Iterator[Callable[..., subprocess.Popen]]:
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory) -> str:
+    """A CUDA driver for PYRLK_LIBCUDA; see fake_cuda.c."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda_fake.so"
+    source = str(CHILD.with_name("fake_cuda.c"))
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", str(library)], check=True)
+    return str(library)
 
 
 @contextlib.contextmanager

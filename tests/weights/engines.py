@@ -118,3 +118,30 @@ class Rebinding(Fused):
     def load_weights(self, weights):
         self.norm.data = self.norm.data.clone()
         super().load_weights(weights)
+
+
+class Named(nn.Module):
+    """Takes tensors under its own names and skips the others: a pipeline stage, or a draft."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        self.calls = 0
+        for name, value in tensors.items():
+            if not isinstance(value, nn.Parameter):  # else another model's
+                value = nn.Parameter(torch.zeros(value), requires_grad=False)
+            self.register_parameter(name, value)
+
+    def load_weights(self, weights):
+        self.calls += 1
+        own = dict(self.named_parameters())
+        for name, loaded in weights:
+            if name in own and name not in self.skipped:
+                own[name].data.copy_(loaded)
+
+    skipped: frozenset[str] = frozenset()
+
+
+class Tied(Named):
+    """A draft that leaves its embedding to the target, whose it is."""
+
+    skipped = frozenset({"embed"})

@@ -1,6 +1,7 @@
 // A CUDA driver for tests: "device memory" is a shared file, a handle is its path. It keeps the
 // driver's rules: handles are of whole allocations, the exporter cannot open its own, a double close
-// is an error; and it writes each call to $FAKE_CUDA_LOG.
+// is an error; and it writes each call to $FAKE_CUDA_LOG. $FAKE_CUDA_FAIL is "<call> <anything>": for
+// each new value that call fails once.
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +37,17 @@ static void note(const char* what) {
   int fd = open(log, O_WRONLY | O_APPEND | O_CREAT, 0600);
   if (write(fd, text, (size_t)length) != length) abort();
   close(fd);
+}
+
+static int fails(const char* what) {
+  static char done[64];
+  const char* wanted = getenv("FAKE_CUDA_FAIL");
+  const size_t length = strlen(what);
+  if (wanted == NULL || strcmp(wanted, done) == 0) return 0;
+  if (strncmp(wanted, what, length) != 0 || wanted[length] != ' ') return 0;
+  strncpy(done, wanted, sizeof done - 1);
+  note("failed");
+  return 1;
 }
 
 static int find(CUdeviceptr at) {
@@ -80,6 +92,7 @@ CUresult cuDeviceGet(int* d, int i) {
 }
 // $FAKE_CUDA_SWAP: this process sees the two GPUs in the other order.
 CUresult cuDeviceGetUuid(void* uuid, int d) {
+  if (fails("uuid")) return 999;
   memset(uuid, 0xa0 + (getenv("FAKE_CUDA_SWAP") ? 1 - d : d), 16);
   return 0;
 }
@@ -89,6 +102,7 @@ CUresult cuDevicePrimaryCtxRetain(void** c, int d) {
 }
 static int depth = 0;
 CUresult cuCtxPushCurrent_v2(void* c) {
+  if (fails("push")) return 999;
   if (c == NULL) return 201;
   ++depth;
   return 0;
@@ -98,10 +112,12 @@ CUresult cuCtxPopCurrent_v2(void** c) {
   return --depth < 0 ? 201 : 0;
 }
 CUresult cuCtxSynchronize(void) {
+  if (fails("sync")) return 999;
   note("sync");
   return depth == 1 ? 0 : 201;
 }
 CUresult cuMemAlloc_v2(CUdeviceptr* p, size_t bytes) {
+  if (fails("alloc")) return 999;
   static int count = 0;
   char path[52];
   if (bytes > (size_t)1 << 32) return 2;
@@ -122,10 +138,12 @@ static CUresult drop(CUdeviceptr p, int opened) {
   return 0;
 }
 CUresult cuMemFree_v2(CUdeviceptr p) {
+  if (fails("free")) return 999;
   note("free");
   return drop(p, 0);
 }
 CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CUdeviceptr p) {
+  if (fails("range")) return 999;
   int i = find(p);
   if (i < 0) return 1;
   *base = (CUdeviceptr)table[i].base;
@@ -133,6 +151,7 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CUdeviceptr p
   return 0;
 }
 CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr p) {
+  if (fails("export")) return 999;
   int i = find(p);
   if (getenv("FAKE_CUDA_NO_EXPORT") || i < 0 || (char*)p != table[i].base) return 1;
   Reserved r = {.pid = (int)getpid(), .bytes = table[i].bytes};
@@ -143,6 +162,7 @@ CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr p) {
   return 0;
 }
 CUresult cuIpcOpenMemHandle_v2(CUdeviceptr* p, CUipcMemHandle handle, unsigned flags) {
+  if (fails("open")) return 999;
   Reserved r;
   memcpy(&r, &handle, sizeof r);
   if (flags != 1 || access(r.path, R_OK) != 0) return 1;
@@ -154,6 +174,7 @@ CUresult cuIpcOpenMemHandle_v2(CUdeviceptr* p, CUipcMemHandle handle, unsigned f
   return 0;
 }
 CUresult cuIpcCloseMemHandle(CUdeviceptr p) {
+  if (fails("close")) return 999;
   note("close");
   return drop(p, 1);
 }

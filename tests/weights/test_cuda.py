@@ -4,7 +4,6 @@ What it proves is the order of calls, offsets, errors and the way over the socke
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +13,6 @@ import torch
 from torch import nn
 
 from pyrlk import _C
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> str:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("driver") / "libcuda_fake.so"
-    source = str(HERE / "fake_cuda.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", str(library)], check=True)
-    return str(library)
 
 
 def run(code: str, **env: str) -> str:

@@ -22,7 +22,7 @@ BODIES = {
     Type.SEGMENT: wire.SegmentInfo(1, memory.Handle(memory.Kind.HOST, 4096, b"i" * 16)),
     Type.OPENED: wire.Opened(3),
     Type.RETIRE: wire.Retire(True),
-    Type.BEGIN: wire.Begin(7, True, False, b"d" * 32, 99),
+    Type.BEGIN: wire.Begin(7, True, wire.Verify.ENGINE, b"d" * 32, 99),
     Type.BUCKET: wire.Bucket(2, 1, 5, (1, 2**64 - 1)),
     Type.ACK: wire.Ack(2, 1, 5),
     Type.APPLIED: wire.Applied(7, 0.5, 0.25),

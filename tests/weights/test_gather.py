@@ -116,7 +116,7 @@ def test_buffers_come_by_name():
 
 def test_a_weight_that_is_computed_when_saved_is_refused(monkeypatch):
     model = make("dense")
-    monkeypatch.setattr(gather, "_as_saved", lambda module, state: {"x": torch.ones(2)})
+    monkeypatch.setattr(gather.checkpoint, "_as_saved", lambda module, state: {"x": torch.ones(2)})
     with pytest.raises(weights.Unsupported, match="'x': transformers computes it"):
         dict(gather.hf(model))
 

@@ -38,7 +38,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 # 256: every tensor alone, more buckets than slots; 16 KiB: several; default: one.
 @pytest.mark.parametrize("bucket_bytes", [256, 16 << 10, 512 << 20])
-@pytest.mark.parametrize("verify", ["copy", "off"])
+@pytest.mark.parametrize("verify", ["copy", "off", "engine"])
 def test_a_model_arrives_bit_for_bit(socket_path, serving, bucket_bytes, verify):
     engine = make_model(1)
     with (
@@ -56,6 +56,41 @@ def test_a_model_arrives_bit_for_bit(socket_path, serving, bucket_bytes, verify)
             assert report.bytes == sum(t.nbytes for t in trainer.state_dict().values())
             assert report.names_from == "module"
             assert f"version     {version}" in str(report)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_engine_whose_tensors_overlap_is_found_by_reading_it_back(socket_path, serving, shared):
+    """A later copy hits an earlier one: every copy was right, what the engine holds is not."""
+    engine, trainer = (
+        nn.ParameterList(fill(8) for _ in range(2)) for fill in (torch.zeros, torch.randn)
+    )
+    if shared:  # read from the trainer's own memory
+        weights.share(trainer)
+    whole = torch.zeros(12)
+    engine[0].data, engine[1].data = whole[:8], whole[4:]
+    with serving(weights.Receiver(engine, socket_path)) as receiver:
+        with weights.Publisher(weights.Local(socket_path), verify="engine") as publisher:
+            with pytest.raises(weights.ChecksumMismatch, match=r"'0'.*is in the engine") as caught:
+                publisher.update(trainer, version=1)
+            assert caught.value.dirty
+            assert (receiver.version, receiver.dirty) == (-1, True)
+            engine[0].data = torch.zeros(8)
+            publisher.update(trainer, version=1)
+            assert equal(state_of(engine), state_of(trainer))
+        with weights.Publisher(weights.Local(socket_path)) as publisher:
+            engine[0].data = whole[:8]
+            publisher.update(trainer, version=2)  # sums of the copies alone do not tell
+
+
+def test_a_load_weights_cannot_be_read_back(socket_path, serving):
+    calls = []
+    with (
+        serving(weights.Receiver(calls.append, socket_path)) as receiver,
+        weights.Publisher(weights.Local(socket_path), verify="engine") as publisher,
+    ):
+        with pytest.raises(weights.Unsupported, match="hides where it puts its tensors"):
+            publisher.update(make_model(1), version=1)
+        assert (calls, receiver.version, receiver.dirty) == ([], -1, False)
 
 
 def test_mappings_and_pairs_and_non_contiguous_sources(socket_path, serving):
@@ -354,7 +389,7 @@ def test_what_cannot_be_sent_is_refused_before_connecting(socket_path, tensors, 
         ({"bucket_bytes": 0}, ValueError, r"bucket_bytes must be in \[1, "),
         ({"bucket_bytes": 1.5}, TypeError, "bucket_bytes must be an int, got float"),
         ({"buffers": 0}, ValueError, r"buffers must be in \[1, 64\], got 0"),
-        ({"verify": "engine"}, ValueError, """verify must be "copy" or "off", got 'engine'"""),
+        ({"verify": "all"}, ValueError, """must be "copy", "off" or "engine", got 'all'"""),
         ({"timeout": 0}, ValueError, "timeout must be a number of seconds above 0, got 0"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import pyrlk
 
 PACKAGE = Path(pyrlk.__file__).parent
-FILES = sorted((PACKAGE / "weights").glob("*.py"))
+FILES = sorted((PACKAGE / "weights").rglob("*.py"))
 EVERYTHING = sorted(
     path
     for folder in (PACKAGE, PACKAGE / "triton_kernels", PACKAGE / "bench")

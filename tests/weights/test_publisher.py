@@ -148,7 +148,7 @@ def test_staging_memory_can_be_given_back_between_updates(socket_path, serving):
         (["x"], {}, TypeError, "target must be .* got str"),
         ([weights.Local("/tmp/a")] * 2, {}, ValueError, "name an engine twice"),
         (weights.Local("/tmp/a"), {"on_failure": "x"}, ValueError, "on_failure must be"),
-        (weights.Local("/tmp/a"), {"group": 1}, weights.Unsupported, "group: one process"),
+        (weights.Local("/tmp/a"), {"group": 1}, TypeError, "group must be a ProcessGroup"),
     ],
 )
 def test_bad_arguments_are_named(target, options, error, message):

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from engines import Derived, Forgetful, Fused, Raising, Rebinding, Scaled
+from engines import Derived, Forgetful, Fused, Named, Raising, Rebinding, Scaled, Tied
 from fake_sglang import NO_SESSIONS, FakeSGLang
 
 from pyrlk import weights
@@ -466,3 +466,276 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
     del worker
     gc.collect()
     assert gone() is None
+
+
+def speculating(**options):
+    """A server with a target and a draft that shares its embedding, on each of two ranks."""
+    targets = [Named(embed=(6, 4), layer=(4, 4)) for _ in range(2)]
+    drafts = [Tied(embed=target.embed, mtp=(3, 4)) for target in targets]
+    workers = map(list, zip(targets, drafts, strict=True))
+    return FakeSGLang(*workers, speculative_algorithm="EAGLE", **options), targets, drafts
+
+
+def numbers(seed, **shapes):
+    gen = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=gen) for name, shape in shapes.items()}
+
+
+def holds(models, sent):
+    return all(torch.equal(t, sent[n]) for m in models for n, t in m.state_dict().items())
+
+
+# One bucket, and more than the ring holds.
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 1])
+def test_target_and_draft_take_one_update(bucket_bytes):
+    server, targets, drafts = speculating()
+    with server as fake, publisher(fake, "plan", expect=None, bucket_bytes=bucket_bytes) as p:
+        calls = []
+        for version in range(1, 5):
+            sent = numbers(version, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+            report = p.update(sent, version=version)
+            calls.append(tuple(model.calls for model in (*targets, *drafts)))
+            assert holds([*targets, *drafts], sent)
+            assert report.planned == (3 if version > 1 else 0), report.fallback
+            assert (fake.version, fake.paused) == (str(version), False)
+        # Models are counted once; from the third update on load_weights is not called.
+        assert fake.calls.count("update_weights_from_tensor") == 5
+        assert len(set(calls[1:])) == 1
+
+
+def test_a_name_is_unknown_only_if_no_model_takes_it():
+    server, targets, drafts = speculating()
+    first = numbers(1, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+    with server as fake, publisher(fake, "plan", expect=None) as p:
+        p.update(first, version=1)
+        with pytest.raises(weights.UnknownName, match="stranger"):
+            p.update({**first, "stranger": torch.ones(3)}, version=2)
+        # The embedding is tied: sent to the target, it is not missing from the draft.
+        with pytest.raises(weights.MissingName, match="mtp"):
+            p.update({n: first[n] for n in ("embed", "layer")}, version=2)
+        assert holds([*targets, *drafts], first)
+        assert (fake.version, fake.paused, fake.open) == ("1", False, False)
+        p.update(numbers(2, embed=(6, 4), layer=(4, 4), mtp=(3, 4)), version=2)
+
+
+def test_a_selector_means_some_models():
+    server, targets, drafts = speculating()
+    with server as fake, publisher(fake, "plan", expect=None) as p:
+        sent = numbers(1, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+        p.update(sent, version=1)
+        sent |= numbers(2, mtp=(3, 4))
+        p.update({"mtp": sent["mtp"]}, version=2, selector="draft", partial=True)
+        assert holds([*targets, *drafts], sent)
+        sent |= numbers(3, embed=(6, 4), layer=(4, 4))
+        p.update({n: sent[n] for n in ("embed", "layer")}, version=3, selector="target")
+        assert holds([*targets, *drafts], sent)
+        with pytest.raises(weights.UnknownName, match="mtp"):
+            p.update({**sent, "mtp": sent["mtp"]}, version=4, selector="target")
+
+
+def test_one_of_two_models_fails_and_neither_changes():
+    class Broken(Tied):
+        armed = False
+
+        def load_weights(self, weights):
+            if self.armed:
+                raise KeyError("no such layer")
+            super().load_weights(weights)
+
+    target = Named(embed=(6, 4))
+    draft = Broken(embed=target.embed, mtp=(3, 4))
+    with (
+        FakeSGLang([target, draft], speculative_algorithm="EAGLE") as fake,
+        publisher(fake, "plan", expect=None) as p,
+    ):
+        first = numbers(1, embed=(6, 4), mtp=(3, 4))
+        p.update(first, version=1)
+        draft.armed = True
+        with pytest.raises(weights.ApplyFailed, match="no such layer") as caught:
+            p.update({"mtp": torch.ones(3, 4)}, version=2, partial=True)
+        assert not caught.value.dirty
+        assert holds([target, draft], first)
+        draft.armed = False
+        second = numbers(2, embed=(6, 4), mtp=(3, 4))
+        p.update(second, version=2)
+        assert holds([target, draft], second)
+
+
+def test_ranks_with_different_numbers_of_models_are_refused():
+    target = Named(embed=(6, 4))
+    workers = [[target, Tied(embed=target.embed, mtp=(3, 4))], [Named(embed=(6, 4))]]
+    with (
+        FakeSGLang(*workers, speculative_algorithm="EAGLE") as fake,
+        publisher(fake, "plan", expect=None) as p,
+        pytest.raises(weights.Unsupported, match="different numbers of models"),
+    ):
+        p.update(numbers(1, embed=(6, 4), mtp=(3, 4)), version=1)
+    assert (fake.version, fake.paused, fake.open) == ("default", False, False)
+
+
+def test_a_draft_that_is_gone_leaves_nothing_behind():
+    server, targets, drafts = speculating()
+    gone = [weakref.ref(model) for model in (*targets, *drafts)]
+    with server as fake, publisher(fake, "plan", expect=None) as p:
+        for version in range(1, 4):
+            sent = numbers(version, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+            p.update(sent, version=version)
+        fake.workers = ()
+    del targets, drafts
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+
+
+# A name belongs to one stage; stages share the payload of their tensor-parallel rank.
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 1])
+def test_every_pipeline_stage_takes_its_own(bucket_bytes):
+    first = [Named(embed=(6, 4), layer_0=(4, 4)) for _ in range(2)]
+    last = [Named(layer_1=(4, 4), head=(6, 4)) for _ in range(2)]
+    shapes = {"embed": (6, 4), "layer_0": (4, 4), "layer_1": (4, 4), "head": (6, 4)}
+    with (
+        FakeSGLang(*first, *last, pp_size=2) as fake,
+        publisher(fake, "plan", expect=None, bucket_bytes=bucket_bytes) as p,
+    ):
+        calls = []
+        for version in range(1, 5):
+            sent = numbers(version, **shapes)
+            report = p.update(sent, version=version)
+            calls.append(tuple(model.calls for model in (*first, *last)))
+            assert holds([*first, *last], sent)
+            assert report.planned == (4 if version > 1 else 0), report.fallback
+        # What a stage does not read is no work for its load_weights.
+        assert len(set(calls[1:])) == 1
+        with pytest.raises(weights.UnknownName, match="layer_2"):
+            p.update({**sent, "layer_2": torch.ones(4, 4)}, version=5)
+        with pytest.raises(weights.MissingName, match="layer_1"):
+            p.update({n: t for n, t in sent.items() if n != "layer_1"}, version=5)
+        assert holds([*first, *last], sent)
+        p.update(numbers(9, **shapes), version=5)
+
+
+def test_the_names_of_a_draft_are_read_from_its_own_files(tmp_path):
+    def checkpoint(name, **shapes):
+        header = {
+            n: {"dtype": "F32", "shape": s, "data_offsets": [0, 0]} for n, s in shapes.items()
+        }
+        text = json.dumps(header).encode()
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+        return str(folder)
+
+    paths = {
+        "model_path": checkpoint("target", embed=[6, 4], layer=[4, 4]),
+        "speculative_draft_model_path": checkpoint("draft", mtp=[3, 4]),
+    }
+    server, targets, drafts = speculating(**paths)
+    with server as fake, publisher(fake, "bucket", expect=None) as p:
+        sent = numbers(1, embed=(6, 4), layer=(4, 4), mtp=(3, 4))
+        assert p.update(sent, version=1).names_from == "checkpoint"
+        assert holds([*targets, *drafts], sent)
+        with pytest.raises(weights.MissingName, match="mtp"):
+            p.update({n: sent[n] for n in ("embed", "layer")}, version=2)
+        p.update({n: sent[n] for n in ("embed", "layer")}, version=2, selector="target")
+        with pytest.raises(weights.UnknownName, match="embed"):
+            p.update(sent, version=3, selector="draft")
+    clash = paths | {"speculative_draft_model_path": checkpoint("other", mtp=[3, 4], embed=[2, 4])}
+    server, *_ = speculating(**clash)
+    with (
+        server as fake,
+        publisher(fake, "bucket", expect=None) as p,
+        pytest.raises(weights.Unsupported, match="'embed' has shape"),
+    ):
+        p.update(sent, version=1)
+
+
+class Leaky(Fused):
+    """Now and then an engine keeps an old weight: its loader says that all is well."""
+
+    leaks = False
+
+    def load_weights(self, weights):
+        kept = self.norm.data.clone()
+        super().load_weights(weights)
+        if self.leaks:
+            self.norm.data.copy_(kept)
+
+
+@pytest.mark.parametrize("mode", ["bucket", "plan"])
+def test_an_engine_that_holds_other_weights_than_its_replica_is_found(mode):
+    engines = [Leaky(), Leaky()]
+    with FakeSGLang(engines[0]) as first, FakeSGLang(engines[1]) as second:
+        targets = [target(first, mode), target(second, mode)]
+        with weights.Publisher(targets, verify="engine", timeout=10) as p:
+            p.update(Fused.checkpoint(1), version=1)
+            report = p.update(Fused.checkpoint(2), version=2)
+            assert [entry.error for entry in report.engines] == [None, None]
+            calls = first.calls
+            assert calls.index("weights_checker") > calls.index("end_weight_update")
+            assert calls.index("weights_checker") < calls.index("update_weight_version 1")
+            # Another manifest: plan mode is at its first load_weights again.
+            engines[1].leaks = True
+            sent = dict(reversed(Fused.checkpoint(3).items()))
+            report = p.update(sent, version=3)
+            good, bad = report.engines
+            assert good.error is None
+            assert isinstance(bad.error, weights.ChecksumMismatch)
+            assert bad.error.dirty
+            assert "norm" in str(bad.error)
+            assert first.url in str(bad.error)
+            assert (first.version, first.paused) == ("3", False)
+            assert (second.version, second.paused) == ("pyrlk-updating:3", True)
+            engines[1].leaks = False
+            assert [e.error for e in p.ensure(3).engines] == [None]
+            assert (second.version, second.paused) == ("3", False)
+            assert same(engines[1], sent)
+
+
+def test_the_same_weights_again_have_the_same_checksums():
+    engine = Leaky()
+    with FakeSGLang(engine) as fake, publisher(fake, "bucket", verify="engine") as p:
+        p.update(Fused.checkpoint(1), version=1)
+        p.update(Fused.checkpoint(2), version=2)
+        p.update(Fused.checkpoint(1), version=3)
+        p.update({"norm.weight": torch.ones(12)}, version=4, partial=True)
+        p.update(Fused.checkpoint(1), version=5)
+        engine.leaks = True
+        with pytest.raises(weights.ChecksumMismatch, match="norm"):
+            p.update({"norm.weight": torch.ones(12)}, version=6, partial=True)
+        with pytest.raises(weights.EngineDirty):
+            p.update({"norm.weight": torch.ones(12)}, version=7, partial=True)
+        engine.leaks = False
+        p.update(Fused.checkpoint(1), version=7)
+        assert (fake.version, fake.paused) == ("7", False)
+
+
+def test_a_partial_update_onto_unknown_weights_is_not_compared():
+    with FakeSGLang(Fused()) as fake:
+        for seed in (1, 2):
+            with publisher(fake, "bucket") as p:  # somebody else's full update
+                p.update(Fused.checkpoint(seed), version=10 * seed)
+            with publisher(fake, "bucket", verify="engine") as p:
+                some = {"norm.weight": torch.ones(12)}
+                p.update(some, version=10 * seed + 1, partial=True)
+                assert "weights_checker" not in fake.calls
+
+
+def test_a_server_without_a_checker_is_refused_before_it_is_touched():
+    with (
+        FakeSGLang(Fused(), lacks={"weights_checker"}) as fake,
+        publisher(fake, "bucket", verify="engine") as p,
+    ):
+        with pytest.raises(weights.Unsupported, match=r"no /weights_checker"):
+            p.update(Fused.checkpoint(1), version=1)
+        assert fake.calls == []
+
+
+def test_a_checker_that_fails_leaves_the_engine_paused():
+    with FakeSGLang(Fused()) as fake, publisher(fake, "bucket", verify="engine") as p:
+        fake.fail["/weights_checker"] = 400
+        with pytest.raises(weights.ApplyFailed, match="made to fail") as caught:
+            p.update(Fused.checkpoint(1), version=1)
+        assert caught.value.dirty
+        assert (fake.version, fake.paused) == ("pyrlk-updating:1", True)
+        del fake.fail["/weights_checker"]
+        p.update(Fused.checkpoint(1), version=1)
+        assert (fake.version, fake.paused) == ("1", False)

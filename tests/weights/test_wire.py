@@ -33,7 +33,7 @@ GOOD = [
     wire.SegmentInfo(1, memory.Handle(memory.Kind.HOST, 4096, b"i" * 16)),
     wire.Opened(3),
     wire.Retire(True),
-    wire.Begin(7, True, False, b"d" * 32, 99),
+    wire.Begin(7, True, wire.Verify.ENGINE, b"d" * 32, 99),
     wire.Bucket(2, 1, 5, (1, 2**64 - 1)),
     wire.Ack(2, 1, 5),
     wire.Applied(7, 0.5, 0.25),
@@ -167,7 +167,9 @@ def test_a_wait_ends_at_its_deadline():
     [
         b"x" * 40,
         Frame(Type.BUCKET, 1, wire.Bucket(0, 0, 1, ()).encode()).encode(),
-        Frame(Type.BEGIN, 1, wire.Begin(1, False, True, b"d" * 32, 0).encode()).encode(),
+        Frame(
+            Type.BEGIN, 1, wire.Begin(1, False, wire.Verify.COPY, b"d" * 32, 0).encode()
+        ).encode(),
         Frame(Type.HELLO, 0, b"short").encode(),
         b"x" * 70000,
     ],

@@ -2,14 +2,13 @@
 
 import types
 
+import interpreting
 import numpy as np
 import pytest
 import torch
 import triton
-from triton.runtime import interpreter
 
-from pyrlk.triton_kernels import kept as kept_sets
-from pyrlk.triton_kernels import logprob, policy_loss, row, sample
+from pyrlk.triton_kernels import logprob, policy_loss, sample
 
 
 def pytest_sessionstart(session):
@@ -23,30 +22,13 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def patch_the_language_once():
-    """Halve the interpreter's time: it patches all of triton.language at every device call.
-
-    A launch has patched what our own functions see; triton's library needs it once a function.
-    """
-    patched = set()
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton.") and self.fn not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    with interpreting.patching_the_language_once():
         yield
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 64: rows of a few hundred columns then cross tiles, at a fraction of the time."""
-    monkeypatch.setattr(row, "TILE", 64)
-    monkeypatch.setattr(kept_sets, "TILE", 32)
-    for name, size in (("SPAN", 8), ("CHUNK", 32), ("CAPACITY", 48), ("MAX_TILES", 16)):
-        monkeypatch.setattr(sample, name, size)
+    interpreting.make_tiles_small(monkeypatch)
 
 
 def nan(*shape):

@@ -1,10 +1,9 @@
 """Every schedule gives the bits of every other, and reads no row more often than it says."""
 
-import importlib.util
 import mmap
-from pathlib import Path
 
 import pytest
+import schedules as cases
 import torch
 import triton
 from triton.runtime import interpreter
@@ -13,12 +12,6 @@ from pyrlk.triton_kernels import policy_loss, row, schedule
 from pyrlk.triton_kernels.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-_spec = importlib.util.spec_from_file_location(
-    "schedules", Path(__file__).parents[1] / "schedules.py"
-)
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
 
 
 @pytest.fixture

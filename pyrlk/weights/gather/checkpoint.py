@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import Unsupported
-from .source import ModuleState, Table
+from ..errors import Unsupported
+from ..source import ModuleState, Table
 
 # Buffers that are weights: part of a checkpoint and changed in training.
 BUFFERS = ("e_score_correction_bias", "expert_bias")
@@ -68,7 +68,7 @@ def saved_forms(module: nn.Module, buffers: Sequence[str] = BUFFERS) -> dict[str
     return _as_saved(module, _kept(module, buffers, ModuleState(module).tensors()))
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """A checkpoint name as a part of one tensor of the module."""
 
     source: str
@@ -83,7 +83,7 @@ class Checkpoint:
     def __init__(self, module: nn.Module, buffers: Sequence[str] = BUFFERS):
         self._state = ModuleState(module)
         self._buffers = tuple(buffers)
-        self._views: dict[str, _View] = {}
+        self._views: dict[str, View] = {}
         self._noted: Table | None = None  # the tensors that the views were found in
 
     def of(self, module: object) -> bool:
@@ -95,7 +95,7 @@ class Checkpoint:
         table = Table(state)
         if self._noted is None or not table.fits(self._noted):
             table.note()
-            self._views = self._find(state)
+            self._views = views(self._state.module(), state, self._buffers)
             self._noted = table
         self._noted.forget_tensors()
         return {
@@ -105,15 +105,24 @@ class Checkpoint:
             for name, view in self._views.items()
         }
 
-    def _find(self, state: dict[str, Tensor]) -> dict[str, _View]:
-        module = self._state.module()
-        kept = _kept(module, self._buffers, state)
-        # Addresses tell which tensor a view is of: the outermost one, where one is part of another.
-        ends: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, tensor in kept.items():
-            key = tensor.untyped_storage().data_ptr()
-            ends.setdefault(key, []).append((name, tensor))
-        return {name: _locate(name, view, ends) for name, view in _as_saved(module, kept).items()}
+
+def views(
+    module: nn.Module, state: dict[str, Tensor], buffers: Sequence[str] = BUFFERS
+) -> dict[str, View]:
+    """Of each checkpoint name, which part of which tensor of `state` it is; meta tensors will do.
+
+    `state` has the names of the module's state_dict; tied names have the same tensor.
+    """
+    kept = _kept(module, buffers, state)
+    # A tensor and a view of it share a storage: the outermost one, where several do.
+    ends: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in kept.items():
+        ends.setdefault(_storage(tensor), []).append((name, tensor))
+    return {name: _locate(name, view, ends) for name, view in _as_saved(module, kept).items()}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _kept(module: nn.Module, buffers: Sequence[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,19 +145,19 @@ class _NoCopies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _locate(name: str, view: Tensor, candidates: dict[int, list[tuple[str, Tensor]]]) -> _View:
-    for source, tensor in candidates.get(view.untyped_storage().data_ptr(), []):
+def _locate(name: str, view: Tensor, candidates: dict[int, list[tuple[str, Tensor]]]) -> View:
+    for source, tensor in candidates.get(_storage(view), []):
         offset = int(view.storage_offset()) - int(tensor.storage_offset())
-        inside = offset >= 0 and _extent(view) + offset <= _extent(tensor)
+        inside = offset >= 0 and extent(view) + offset <= extent(tensor)
         if inside and view.dtype == tensor.dtype:
-            return _View(source, offset, view.size(), view.stride())
+            return View(source, offset, view.size(), view.stride())
     raise Unsupported(
         f"{name!r}: transformers computes it when it saves, so it is no view of the module's "
         "memory; pass named tensors instead of the module"
     )
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Elements from the first to the last one, both counted."""
     if not tensor.numel():
         return 0
@@ -169,5 +178,5 @@ def _second_names(module: nn.Module, state: dict[str, Tensor]) -> set[str]:
         if name in state
         and owner in state
         and name != owner
-        and state[name].data_ptr() == state[owner].data_ptr()
+        and (state[name] is state[owner] or 0 != state[name].data_ptr() == state[owner].data_ptr())
     }

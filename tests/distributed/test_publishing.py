@@ -1,0 +1,13 @@
+"""Publisher(group=) on 2 and 4 gloo processes: what publishing.py checks, one test a check."""
+
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("publishing.py")
+
+pytestmark = pytest.mark.distributed
+
+
+def test_on_every_rank(on_every_rank):
+    pass
