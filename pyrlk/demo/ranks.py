@@ -51,6 +51,10 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.size == 1 else dist.group.WORLD
+
     def threads(self, threads: int) -> int:
         """This rank's part of the machine's threads."""
         return max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -97,7 +101,7 @@ class Ranks:
         """The denominator of all ranks' rows, from those of this rank; None where there is one."""
         if self.size == 1:
             return None
-        return pyrlk.normalizer(counted, objective, group=dist.group.WORLD)
+        return pyrlk.normalizer(counted, objective, group=self.group)
 
     def mean(self, values: dict[str, float], weight: float = 1.0) -> dict[str, float]:
         """Means over the ranks, each with its weight; summed in rank order."""

@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import pyrlk
+from pyrlk import weights
 from pyrlk.batch import TooFewGroups
 
 from . import arithmetic
 from . import model as models
 from .config import Config
 from .determinism import fix
-from .engine import Engine, EngineLost
+from .engine import SYNC_SECONDS, Engine, EngineLost
 from .learn import Batch, collate, learn
 from .progress import Progress
 from .ranks import ALONE, Ranks, Silent, shard_state, whole
@@ -54,6 +54,7 @@ class Trainer:
         self.step = 0
         self.asked = 0  # problems given to the engine so far
         self.before = 0.0  # held-out accuracy after the warm-up
+        self._published = -1  # the version that the engine has
         self._rewards: list[float] = []  # of everything generated in this step
         self._completed = self._small_state()
 
@@ -95,6 +96,11 @@ class Trainer:
     def run(self, engine: Engine | None) -> float:
         """All steps that are left, on rank 0 with the engine; the held-out accuracy at the end."""
         self._engine = engine
+        socket = self.ranks.told(lambda: self.engine.socket)
+        self._source = self.model if self.ranks.size == 1 else weights.gather.dtensor(self.model)
+        self._publisher = weights.Publisher(
+            weights.Local(socket), group=self.ranks.group, timeout=SYNC_SECONDS
+        )
         interrupted = _Interrupt()
         try:
             while self.step < self.config.steps:
@@ -114,6 +120,7 @@ class Trainer:
             raise
         finally:
             interrupted.restore()
+            self._publisher.close()
 
     @property
     def engine(self) -> Engine:
@@ -148,13 +155,16 @@ class Trainer:
         self.progress.step(metrics, clock.seconds)
 
     def _sync(self, version: int) -> dict[str, float]:
-        """Give the engine the weights; seconds by stage."""
-        start = time.perf_counter()
-        source = self.model if self.ranks.size == 1 else _gathered(self.model)
-        gather = time.perf_counter() - start
-        report = self.ranks.told(lambda: self.engine.sync(source, version).seconds)
-        stages = {"gather": gather, **report} if self.ranks.size > 1 else report
-        return {f"update_{stage}": seconds for stage, seconds in stages.items()}
+        """Give the engine the weights, of all ranks; seconds by stage."""
+        self.ranks.told(lambda: self.engine.expect(version))
+        try:
+            report = self._publisher.update(self._source, version=version)
+        except weights.UpdateError as error:
+            said = f"{type(error).__name__}: {error}"
+            raise self.ranks.told(lambda: self.engine.lost(said)) from error
+        self.ranks.told(lambda: self.engine.taken())
+        self._published = version
+        return {f"update_{stage}": seconds for stage, seconds in report.seconds.items()}
 
     def _collect(self) -> tuple[Batch, dict[str, Any]]:
         """The batch of a step, and what is said of its making."""
@@ -169,7 +179,8 @@ class Trainer:
 
     def _finish(self) -> float:
         self.save()
-        self._sync(self.step)
+        if self._published != self.step:  # a step that found nothing to learn has done so
+            self._sync(self.step)
         after = self.ranks.told(self._judge)
         self.record.metrics(
             {"version": self.step, "heldout_before": self.before, "heldout_after": after}
@@ -220,11 +231,6 @@ class Trainer:
             "before": self.before,
             "sampler": self.sampler.state_dict(),
         }
-
-
-def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The whole tensors of a sharded model, on every rank; a tied one once."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
 class _Clock:
