@@ -1,4 +1,4 @@
-# demo · test · test-slow · test-sglang · test-gpu · sanitize-gpu · dry-gpu · test-peers · test-endurance · test-sanitize ·
+# demo · demo-distributed · test · test-slow · test-sglang · test-gpu · sanitize-gpu · dry-gpu · test-peers · test-endurance · test-sanitize ·
 # bench · bench-gpu · bench-sglang · lint · docs: each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup build demo test test-slow sglang-env test-sglang bench-sglang test-gpu sanitize-gpu dry-gpu
+.PHONY: setup build demo demo-distributed test test-slow sglang-env test-sglang bench-sglang test-gpu sanitize-gpu dry-gpu
 .PHONY: test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
@@ -23,6 +23,12 @@ build: $(READY)
 
 demo: build
 	$(BIN)/pyrlk demo $(ARGS)
+
+# The same run by FSDP2, with one engine; each rank sets its own number of threads.
+RANKS ?= 2
+demo-distributed: build
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) \
+	  -m pyrlk.cli demo --name distributed $(ARGS)
 
 test: build
 	$(BIN)/pytest tests -m "not gpu and not peers and not slow and not endurance" $(ARGS)

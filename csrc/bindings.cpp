@@ -220,6 +220,100 @@ void bind_kernels(py::module_& module) {
       py::arg("min_p"), py::arg("seed"), py::arg("position"), py::arg("allowed"), py::arg("joint"),
       py::arg("keep_ties"), py::arg("token"), py::arg("logprob"), py::arg("full_logprob"),
       py::arg("kept"), py::arg("status"), py::arg("support"), py::arg("threads"));
+  // (logits, first, temperature, top_k, top_p, min_p, seed, position, allowed, words, joint,
+  // keep_ties) of a shard.
+  using PyShard = std::tuple<PyRows, int64_t, Address, Address, Address, Address, Address, Address,
+                             Address, int64_t, bool, bool>;
+  static const auto to_shard = [](const PyShard& t) {
+    const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+    const auto& [logits, first, temperature, top_k, top_p, min_p, seed, position, allowed, words,
+                 joint, keep_ties] = t;
+    return pyrlk::ShardArgs{to_rows(logits),
+                            first,
+                            floats(temperature),
+                            floats(top_p),
+                            floats(min_p),
+                            int64s(top_k),
+                            int64s(seed),
+                            int64s(position),
+                            static_cast<const uint32_t*>(pointer(allowed)),
+                            words,
+                            joint,
+                            keep_ties};
+  };
+  module.attr("shard_header") = pyrlk::kShardHeader;
+  // (max, status, vocab) of the whole rows.
+  using PyKnown = std::tuple<Address, Address, int64_t>;
+  static const auto to_known = [](const PyKnown& t) {
+    return pyrlk::Known{static_cast<const float*>(pointer(std::get<0>(t))),
+                        static_cast<const uint8_t*>(pointer(std::get<1>(t))), std::get<2>(t)};
+  };
+  module.def(
+      "shard_candidates",
+      [](const PyShard& shard, Address rows, int64_t count, const PyKnown& known, int64_t capacity,
+         Address out, int threads) {
+        const pyrlk::ShardArgs args = to_shard(shard);
+        const py::gil_scoped_release nogil;
+        pyrlk::shard_candidates(args, int64s(rows), count, to_known(known), capacity,
+                                static_cast<float*>(pointer(out)), threads);
+      },
+      py::arg("shard"), py::arg("rows"), py::arg("count"), py::arg("known"), py::arg("capacity"),
+      py::arg("out"), py::arg("threads"));
+  module.def(
+      "shard_select",
+      [](const PyShard& shard, Address parts, int64_t ranks, int64_t rows, int64_t capacity,
+         int64_t vocab, Address row_mass, Address token, Address logprob, Address full_logprob,
+         Address kept, Address status, Address state, Address max, Address log_sum,
+         pyrlk::KeptSets* support, int threads) {
+        const auto floats = [](Address a) { return static_cast<float*>(pointer(a)); };
+        const auto bytes = [](Address a) { return static_cast<uint8_t*>(pointer(a)); };
+        const pyrlk::ShardArgs args = to_shard(shard);
+        const pyrlk::SelectArgs select{floats(parts),
+                                       ranks,
+                                       rows,
+                                       capacity,
+                                       vocab,
+                                       static_cast<const uint64_t*>(pointer(row_mass)),
+                                       int64s(token),
+                                       floats(logprob),
+                                       floats(full_logprob),
+                                       static_cast<int32_t*>(pointer(kept)),
+                                       bytes(status),
+                                       bytes(state),
+                                       floats(max),
+                                       static_cast<double*>(pointer(log_sum)),
+                                       support};
+        const py::gil_scoped_release nogil;
+        pyrlk::shard_select(args, select, threads);
+      },
+      py::arg("shard"), py::arg("parts"), py::arg("ranks"), py::arg("rows"), py::arg("capacity"),
+      py::arg("vocab"), py::arg("row_mass"), py::arg("token"), py::arg("logprob"),
+      py::arg("full_logprob"), py::arg("kept"), py::arg("status"), py::arg("state"), py::arg("max"),
+      py::arg("log_sum"), py::arg("support"), py::arg("threads"));
+  module.def(
+      "shard_masses",
+      [](const PyShard& shard, Address rows, int64_t count, const PyKnown& known, Address mass,
+         int threads) {
+        const pyrlk::ShardArgs args = to_shard(shard);
+        const py::gil_scoped_release nogil;
+        pyrlk::shard_masses(args, int64s(rows), count, to_known(known),
+                            static_cast<uint64_t*>(pointer(mass)), threads);
+      },
+      py::arg("shard"), py::arg("rows"), py::arg("count"), py::arg("known"), py::arg("mass"),
+      py::arg("threads"));
+  module.def(
+      "shard_draw",
+      [](const PyShard& shard, Address rows, int64_t count, Address max, Address masses,
+         int64_t ranks, int64_t rank, Address found, int threads) {
+        const pyrlk::ShardArgs args = to_shard(shard);
+        const py::gil_scoped_release nogil;
+        pyrlk::shard_draw(args, int64s(rows), count, static_cast<float*>(pointer(max)),
+
+                          static_cast<const uint64_t*>(pointer(masses)), ranks, rank, int64s(found),
+                          threads);
+      },
+      py::arg("shard"), py::arg("rows"), py::arg("count"), py::arg("max"), py::arg("masses"),
+      py::arg("ranks"), py::arg("rank"), py::arg("found"), py::arg("threads"));
   module.def(
       "verify_draft",
       [](const PyRows& target, const std::optional<PyRows>& draft, Address draft_tokens,

@@ -96,6 +96,50 @@ def sample(
     support: KeptSets | None,
     threads: int,
 ) -> int: ...
+
+# (logits, first, temperature, top_k, top_p, min_p, seed, position, allowed, words, joint,
+# keep_ties)
+_Shard = tuple[_Rows, int, int, int, int, int, int, int, int, int, bool, bool]
+shard_header: int
+
+_Known = tuple[int, int, int]  # (max, status, vocab) of the whole rows
+
+def shard_candidates(
+    shard: _Shard, rows: int, count: int, known: _Known, capacity: int, out: int, threads: int
+) -> None: ...
+def shard_select(
+    shard: _Shard,
+    parts: int,
+    ranks: int,
+    rows: int,
+    capacity: int,
+    vocab: int,
+    row_mass: int,
+    token: int,
+    logprob: int,
+    full_logprob: int,
+    kept: int,
+    status: int,
+    state: int,
+    max: int,
+    log_sum: int,
+    support: KeptSets | None,
+    threads: int,
+) -> None: ...
+def shard_masses(
+    shard: _Shard, rows: int, count: int, known: _Known, mass: int, threads: int
+) -> None: ...
+def shard_draw(
+    shard: _Shard,
+    rows: int,
+    count: int,
+    max: int,
+    masses: int,
+    ranks: int,
+    rank: int,
+    found: int,
+    threads: int,
+) -> None: ...
 def verify_draft(
     target: _Rows,
     draft: _Rows | None,

@@ -205,15 +205,6 @@ def vocab_size(x, z: Tensor, dim: int = -1) -> int:
     return x
 
 
-def no_group(x) -> None:
-    """The place of the process group over which a vocabulary is sharded."""
-    if x is not None:
-        raise ValueError(
-            "group must be None: a vocabulary sharded over ranks is not supported yet; gather the "
-            f"logits or the weight first (got {type(x).__name__})"
-        )
-
-
 def cu_seqlens(x, z: Tensor, shape, other_name: str = "logits") -> Tensor | None:
     if x is None:
         return None

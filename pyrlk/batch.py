@@ -153,6 +153,9 @@ class TooFewGroups(RuntimeError):
         super().__init__(message)
         self.kept_share = kept_share
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a rank may tell the others
+        return type(self), (str(self), self.kept_share)
+
 
 class DynamicSampler:
     """Batches of informative groups only: generate, drop the groups without signal, go on.

@@ -109,16 +109,22 @@ def _demo(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _fail(f'{error.name} is not installed: pip install "pyrlk[demo]"')
     from pyrlk import demo
+    from pyrlk.demo.ranks import Ranks
 
-    config, folder = _demo_config(args)
-    try:
-        result = demo.run(config, folder, resume=args.resume)
-    except demo.Failed as error:
-        return _fail(str(error))
-    print(
-        f"held-out accuracy: {result.before:.3f} after the warm-up, {result.after:.3f} after "
-        f"{result.steps} steps of {config.algorithm}\npicture: {folder / 'curve.svg'}"
-    )
+    with Ranks() as ranks:
+        config, folder = ranks.told(lambda: _demo_config(args))
+        if ranks.size > 1 and config.device != "cpu":
+            args.parser.error("argument --device: several ranks train on the CPU alone")
+        try:
+            result = demo.run(config, folder, resume=args.resume, ranks=ranks)
+        except demo.Failed as error:
+            return _fail(str(error)) if ranks.leads else 1
+        if ranks.leads:
+            print(
+                f"held-out accuracy: {result.before:.3f} after the warm-up, {result.after:.3f} "
+                f"after {result.steps} steps of {config.algorithm}\n"
+                f"picture: {folder / 'curve.svg'}"
+            )
     return 0
 
 

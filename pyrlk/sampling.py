@@ -19,6 +19,7 @@ from torch import Tensor
 from . import _C, _check, _op, _warm
 from .parallel import sampling as _sharded
 from .parallel import vocab as _vocab
+from .parallel.rows import How, Parameters
 from .support import Support
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
@@ -124,7 +125,7 @@ def sample(
         if z.is_cpu:
             _check_rows(parameters[0], *parameters[2:4])
         words = _allowed_words(allowed, z, None)
-        rows, how = _sharded.Parameters(*parameters), _sharded.How(joint, keep_ties, return_support)
+        rows, how = Parameters(*parameters), How(joint, keep_ties, return_support)
         drawn = _sharded.sample(z, rows, how, words, shard)
         token, logprob, full, kept, status = (x.view(lead) for x in drawn[:5])
         return Sample(token, logprob, full, kept, status, drawn[5])

@@ -194,7 +194,7 @@ HOST = {
     "_op": {"_scale_cpu"},
     "_rows": set(),
     "parallel.vocab": {"_layout"},  # in a group's first call with a layout
-    "parallel.sampling": {"_support", "_candidates"},
+    "parallel.digits": {"_support", "_candidates"},
 }  # fmt: skip
 
 

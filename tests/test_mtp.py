@@ -277,7 +277,7 @@ TV = {"kind": "tv", "teacher_hidden": X}
         (TV | {"teacher_hidden": X.double()}, TypeError, "teacher_hidden"),
         (TV | {"teacher_hidden": X[:, :4]}, ValueError, "teacher_hidden"),
         ({"detach_weight": 1}, TypeError, "detach_weight"),
-        ({"group": object()}, ValueError, "group"),
+        ({"group": object()}, TypeError, "group"),
         ({"chunk": 0}, ValueError, "chunk"),
         ({"return_stats": 1}, TypeError, "return_stats"),
     ],

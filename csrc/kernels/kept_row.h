@@ -272,68 +272,105 @@ inline int64_t select(const float* z, int64_t n, float bound, int parts, Scratch
   return total;
 }
 
-// The kept set, ascending: ids into s.ids, logits into s.kept_logits, masses into s.masses; z is
-// the row in float32 without +inf.
-inline void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts,
-                 Scratch& s) {
-  const RowKernels& ops = row_kernels();
-  const int64_t groups = int64_t(s.group_max.size());
-  const double tau = p.temperature;
-  const bool top_k = p.top_k > 0 && p.top_k < n, top_p = p.top_p < 1.0f, min_p = p.min_p > 0.0f;
-  const bool pool_is_top_k = top_k && !p.joint;
-  const double floor = min_p ? m + tau * std::log(double(p.min_p)) : -double(kInfinity);
+// Which filters act on a row of n with the maximum m, and the logit of min-p.
+struct Filters {
+  bool top_k, top_p, min_p, pool_is_top_k;  // top-p is of the mass that top-k left
+  double floor;
+
+  Filters(const Params& p, int64_t n, float m)
+      : top_k(p.top_k > 0 && p.top_k < n),
+        top_p(p.top_p < 1.0f),
+        min_p(p.min_p > 0.0f),
+        pool_is_top_k(top_k && !p.joint),
+        floor(min_p ? m + double(p.temperature) * std::log(double(p.min_p)) : -double(kInfinity)) {}
+
+  bool any() const { return top_k || top_p || min_p; }
+  // Does the last kept token depend on the mass of the whole row?
+  bool weighs_row() const { return top_p && !pool_is_top_k; }
+};
+
+// A bound on the logits of the kept set of a row of n, from the maxima of its groups.
+inline float candidate_bound(const Filters& f, const Params& p, int64_t n, float m, Scratch& s) {
   float bound = -std::numeric_limits<float>::max();
-  if (top_k && p.top_k <= groups) {  // k groups have a maximum ≥ the k-th largest of the maxima
+  if (f.top_k && p.top_k <= int64_t(s.group_max.size())) {
+    // k groups have a maximum ≥ the k-th largest of the maxima
     s.sorted_max = s.group_max;
     std::nth_element(s.sorted_max.begin(), s.sorted_max.begin() + (p.top_k - 1), s.sorted_max.end(),
                      std::greater<float>());
     bound = std::max(bound, s.sorted_max[p.top_k - 1]);
   }
-  if (top_p && !pool_is_top_k) {
+  if (f.weighs_row()) {
     const double tail = std::min(30.6, std::log(double(n) / (1.0 - double(p.top_p))) + 1e-4);
-    bound = std::max(bound, round_down(m - tau * tail));
+    bound = std::max(bound, round_down(m - double(p.temperature) * tail));
   }
-  if (min_p && !(top_p && pool_is_top_k)) bound = std::max(bound, round_down(floor));
-  const int64_t count = select(z, n, bound, parts, s);
-  s.masses.resize(count + kSlack);
-  in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
-    ops.masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
-  });
-  const auto keep_first = [&](int64_t size) {
-    s.ids.resize(size);
-    s.kept_logits.resize(size);
-    s.masses.resize(size);
-  };
-  if (!top_k && !top_p && !min_p) return keep_first(count);
+  if (f.min_p && !(f.top_p && f.pool_is_top_k)) bound = std::max(bound, round_down(f.floor));
+  return bound;
+}
 
+// Candidates [0, size) alone are left.
+inline void keep_first(int64_t size, Scratch& s) {
+  s.ids.resize(size);
+  s.kept_logits.resize(size);
+  s.masses.resize(size);
+}
+
+// Of `count` candidates, ascending, with their keys, those of a prefix.
+inline void keep_prefix(const Prefix& kept, int64_t count, Scratch& s) {
+  keep_first(row_kernels().keep_prefix(s.keys.data(), count, kept.cut, kept.ties, s.ids.data(),
+                                       s.kept_logits.data(), s.masses.data()),
+             s);
+}
+
+inline void take_keys(int64_t count, Scratch& s) {
   s.keys.resize(count + kSlack);
+  row_kernels().order_keys(s.kept_logits.data(), count, s.keys.data());
+}
+
+// From `count` candidates with ids, logits and masses (and kSlack entries more) to the kept set;
+// row_mass() is the mass of the whole row.
+template <class RowMass>
+inline void prune(const Filters& f, const Params& p, int64_t count, RowMass row_mass, Scratch& s) {
+  if (!f.any()) return keep_first(count, s);
+  take_keys(count, s);
   const uint32_t* keys = s.keys.data();
   const uint64_t* masses = s.masses.data();
-  ops.order_keys(s.kept_logits.data(), count, s.keys.data());
   Prefix kept;
-  if (top_k && count > p.top_k) {
+  if (f.top_k && count > p.top_k) {
     kept = shortest_prefix(keys, nullptr, count, uint64_t(p.top_k), p.keep_ties, s);
   }
-  if (top_p) {
-    uint64_t total = 0;
-    if (pool_is_top_k) {
-      total = mass_of(kept, keys, masses, count);
-    } else if (count == n) {
-      total = std::accumulate(masses, masses + n, uint64_t(0));
-    } else {
-      s.tiles.resize(tile_count(n));
-      in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
-        ops.tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
-      });
-      total = std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
-    }
+  if (f.top_p) {
+    const uint64_t total = f.pool_is_top_k ? mass_of(kept, keys, masses, count) : row_mass();
     kept = shorter(
         kept, shortest_prefix(keys, masses, count, needed_mass(p.top_p, total), p.keep_ties, s));
   }
-  if (min_p) kept = shorter(kept, {order_key(round_up(floor)), Prefix{}.ties});
+  if (f.min_p) kept = shorter(kept, {order_key(round_up(f.floor)), Prefix{}.ties});
+  keep_prefix(kept, count, s);
+}
 
-  keep_first(ops.keep_prefix(keys, count, kept.cut, kept.ties, s.ids.data(), s.kept_logits.data(),
-                             s.masses.data()));
+// The mass of all of a row.
+inline uint64_t row_mass(const float* z, int64_t n, float m, float c, int parts, Scratch& s) {
+  s.tiles.resize(tile_count(n));
+  in_parts(n, parts, [&](int64_t begin, int64_t end, int) {
+    row_kernels().tile_masses(z + begin, end - begin, c, m, s.tiles.data() + begin / kTile);
+  });
+  return std::accumulate(s.tiles.begin(), s.tiles.end(), uint64_t(0));
+}
+
+// The kept set, ascending: ids into s.ids, logits into s.kept_logits, masses into s.masses; z is
+// the row in float32 without +inf.
+inline void keep(const float* z, int64_t n, float m, float c, const Params& p, int parts,
+                 Scratch& s) {
+  const Filters f(p, n, m);
+  const int64_t count = select(z, n, candidate_bound(f, p, n, m, s), parts, s);
+  s.masses.resize(count + kSlack);
+  in_parts(count, useful_parts(count, parts), [&](int64_t begin, int64_t end, int) {
+    row_kernels().masses(s.kept_logits.data() + begin, end - begin, c, m, s.masses.data() + begin);
+  });
+  const auto whole = [&] {
+    return count == n ? std::accumulate(s.masses.data(), s.masses.data() + n, uint64_t(0))
+                      : row_mass(z, n, m, c, parts, s);
+  };
+  prune(f, p, count, whole, s);
 }
 
 // out[begin, begin + size) of the row in float32.

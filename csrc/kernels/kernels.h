@@ -79,6 +79,54 @@ struct SampleArgs {
 // Returns −1, or the first row whose parameters are out of range (that row gets status kInvalid).
 int64_t sample(const SampleArgs& args, int threads);
 
+// The same over rows whose columns lie on several ranks (sample_shards.cpp): each finds its own
+// candidates, and all select from those of all.
+struct ShardArgs {
+  Rows logits;    // this rank's columns
+  int64_t first;  // the id of the first of them
+  const float *temperature, *top_p, *min_p;
+  const int64_t *top_k, *seed, *position;
+  const uint32_t* allowed;  // [rows, words] bits of all ids, or null
+  int64_t words;
+  bool joint, keep_ties;
+};
+// Numbers before the candidates of a row: its maximum, Σ 2^y high and low, status, their number.
+constexpr int64_t kShardHeader = 8;
+// Of each of `count` rows [kShardHeader + 2·capacity]: the header, `capacity` logits and as many
+// ids. Where the maxima of the whole rows of `vocab` columns are known, and whether these are +inf
+// (status), fewer are candidates; null: not yet.
+struct Known {
+  const float* max;
+  const uint8_t* status;
+  int64_t vocab;
+};
+void shard_candidates(const ShardArgs& args, const int64_t* rows, int64_t count, Known known,
+                      int64_t capacity, float* out, int threads);
+
+// What is still open of a row after the candidates of all ranks are known.
+enum ShardState : uint8_t { kDone = 0, kNeedsMass = 1, kUnfiltered = 2, kOverflown = 3 };
+struct SelectArgs {
+  const float* parts;  // [ranks, rows, kShardHeader + 2·capacity]
+  int64_t ranks, rows, capacity, vocab;
+  const uint64_t* row_mass;  // [rows], or null: not known yet
+  int64_t* token;
+  float *logprob, *full_logprob;
+  int32_t* kept;
+  uint8_t *status, *state;
+  float* max;         // of the whole row; 0 where it has +inf or nothing
+  double* log_sum;    // ln Σ exp((z − max)/τ) of the whole row
+  KeptSets* support;  // of all rows, or null
+};
+void shard_select(const ShardArgs& args, const SelectArgs& select, int threads);
+
+// The mass of this rank's columns.
+void shard_masses(const ShardArgs& args, const int64_t* rows, int64_t count, Known known,
+                  uint64_t* mass, int threads);
+// Draws from the whole rows: masses [ranks, count]; the id and the bits of its logit are written
+// where the draw falls on this rank, 0 elsewhere.
+void shard_draw(const ShardArgs& args, const int64_t* rows, int64_t count, const float* max,
+                const uint64_t* masses, int64_t ranks, int64_t rank, int64_t* found, int threads);
+
 // Verifies a draft of `depth` tokens in each of B rows; target rows are (row, depth) in order.
 struct VerifyArgs {
   Rows target;                  // B · (depth + 1)

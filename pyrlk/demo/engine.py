@@ -2,7 +2,8 @@
 
     trainer                                     engine
     Engine.generate(prompts)  ── pipe ──▶       rollout.generate with pyrlk.sample
-    Engine.sync(model, n)     ── pipe: n ──▶    Receiver.poll()      weights by pyrlk.weights alone
+    Engine.expect(n)          ── pipe: n ──▶    Receiver.poll()
+    Publisher.update(…, n)    ── pyrlk.weights ──▶                   weights travel by it alone
 
 The pipe carries a few kilobytes of Python objects between the two halves of one program. Neither
 side outlives the other: the engine ends at the end of the pipe, the trainer sees the process end.
@@ -56,31 +57,31 @@ class Engine:
 
     def __init__(self, config: Config):
         self._directory = tempfile.mkdtemp(prefix="pyrlk-")
-        socket = f"{self._directory}/weights"
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(config, socket, theirs), name="pyrlk-engine", daemon=True
+            target=_serve, args=(config, self.socket, theirs), name="pyrlk-engine", daemon=True
         )
         self._process.start()
         theirs.close()
-        self._publisher = weights.Publisher(weights.Local(socket), timeout=SYNC_SECONDS)
         self._ready = False
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
-    def sync(self, model: nn.Module, version: int) -> weights.UpdateReport:
-        """Give the engine the weights of `model` under the number `version`."""
+    @property
+    def socket(self) -> str:
+        """Where the engine takes weights from a `weights.Publisher`."""
+        return f"{self._directory}/weights"
+
+    def expect(self, version: int) -> None:
+        """Have the engine wait for weights of this number; `taken` hears how that ended."""
         self._wait_until_ready()
         self._send(Sync(version))
-        try:
-            report = self._publisher.update(model, version=version)
-        except weights.UpdateError as error:
-            raise self._lost(f"{type(error).__name__}: {error}") from error
+
+    def taken(self) -> None:
         self._receive()
-        return report
 
     def generate(
         self, prompts: list[str], *, repeat: int = 1, first: int = 0, temperature: float = 1.0
@@ -92,7 +93,6 @@ class Engine:
         return Rollout(torch.from_numpy(tokens), torch.from_numpy(logprobs))
 
     def close(self) -> None:
-        self._publisher.close()
         self._pipe.close()
         self._process.join(5.0)
         if self._process.is_alive():
@@ -115,7 +115,7 @@ class Engine:
         try:
             self._pipe.send(message)
         except OSError as error:
-            raise self._lost("its pipe is closed") from error
+            raise self.lost("its pipe is closed") from error
 
     def _receive(self, timeout: float | None = None) -> Any:
         """The engine's answer; its end wakes this up at once."""
@@ -125,12 +125,13 @@ class Engine:
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._lost("its pipe is closed") from error
+            raise self.lost("its pipe is closed") from error
         if isinstance(answer, BaseException):
             raise EngineLost(f"the engine process failed: {answer}") from answer
         return answer
 
-    def _lost(self, otherwise: str) -> EngineLost:
+    def lost(self, otherwise: str) -> EngineLost:
+        """The error for an engine that failed: how it ended, or `otherwise`."""
         self._process.join(1.0)
         code = self._process.exitcode
         if code is None:

@@ -2,6 +2,7 @@
 
     reward + soft_overlong_penalty → group_advantages → policy_loss → AdamW
 
+Every rank has the whole batch, and scores its share of each update's rows (ranks.py).
 The old log-probs are the engine's own: it drew the tokens, and `logprob_gap` reports how far the
 trainer's scores of the same tokens under the same weights are from them (rounding, about 1e-6).
 """
@@ -17,6 +18,7 @@ import pyrlk
 
 from .config import Config
 from .model import Codec, pad_left, response_logits
+from .ranks import ALONE, Ranks, whole
 
 
 class Batch(NamedTuple):
@@ -52,8 +54,9 @@ def learn(
     batch: Batch,
     config: Config,
     version: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """The optimizer steps of one batch; returns its metrics."""
+    """The optimizer steps of one batch; returns its metrics, the same on every rank."""
     lengths = (batch.tokens != -100).sum(1)
     penalty = pyrlk.soft_overlong_penalty(lengths, config.max_length, config.cache_length)
     shaped = batch.rewards + penalty
@@ -64,7 +67,7 @@ def learn(
     else:
         advantages = pyrlk.group_advantages(shaped, config.group_size)
     updates = [
-        _update(model, codec, optimizer, batch, advantages, rows, config, version)
+        _update(model, codec, optimizer, batch, advantages, rows, config, version, ranks)
         for rows in _minibatches(len(batch.prompts), config)
     ]
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
@@ -95,7 +98,9 @@ def _update(
     rows: Tensor,
     config: Config,
     version: int,
+    ranks: Ranks,
 ) -> dict[str, float]:
+    rows = ranks.share(rows)
     part = batch.take(rows)
     tokens, old = part.tokens.to(config.device), part.logprobs.to(config.device)
     prompt, mask = pad_left([codec.prompt(text) for text in part.prompts], codec.pad, config.device)
@@ -108,21 +113,24 @@ def _update(
         None if config.algorithm == "reinforce" else old,
         advantages[rows].to(config.device),
         objective=config.objective,
+        normalizer=ranks.normalizer(tokens != -100, config.objective),
         return_stats=True,
     )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     optimizer.step()
-    return {
-        "loss": loss.item(),
+    of_tokens = {
         "entropy": stats.entropy.item(),
         "clip_low": stats.clip_low.item(),
         "clip_high": stats.clip_high.item(),
         "approx_kl": stats.approx_kl.item(),
-        "ratio_max": stats.ratio_max.item(),
+    }
+    return {
+        **ranks.mean({"loss": loss.item()}),
+        **ranks.mean(of_tokens, weight=stats.tokens.item()),
+        **ranks.largest({"ratio_max": stats.ratio_max.item(), "logprob_gap": gap}),
         "grad_norm": norm.item(),
-        "logprob_gap": gap,
     }
 
 

@@ -1,379 +1,204 @@
 """One draw a row whose columns are sharded over ranks: the same token as from the whole row.
 
-    mass w_i = floor(2^44·2^y_i), y = (z − m)·log2(e)/τ     key_i: ascending is logit descending
-    top-k, top-p   the last key of the shortest prefix, 11, 11 and 10 bits at a time: the counts and
-                   masses of the digits [B, 2, 2048], summed over the ranks, say which digit it has
-    draw           first kept id, ascending, whose running mass exceeds u·Z/2^64
+    rank r   candidates: what may be kept of its columns, whatever the others hold
+    all      from the candidates of all ranks, the kept prefix and the draw, on every rank alike
 
-Masses are integers, so their sums over ranks are those of the whole row, and so is every choice
-(csrc/kernels/sample.cpp). No logits travel. Collectives a call: one for the maxima, three a filter
-of top-k and top-p, one for what each rank keeps, one for the token; one more for the support.
+One all-gather. A second one brings the mass of rows that top-p weighs whole; after it an all-reduce
+the token where nothing is cut, or an all-gather all candidates where too few were sent. Masses are
+integers, so that their sums over ranks are those of the whole row, and so is every choice
+(csrc/kernels/sample_shards.cpp). On CUDA: digits.py.
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _C, _op, _warm
 from ..support import Support
+from . import digits
 from . import vocab as _vocab
+from .rows import MAX_VOCAB, Drawn, How, Parameters, check_total
 from .vocab import Shard
 
-NAN, INF, EMPTY, INVALID = 1, 2, 4, 8
-_DIGITS = ((21, 11), (10, 11), (0, 10))  # shift and bits, the highest first
-_NO_KEY = 1 << 32  # above every key
-_ALL = 1 << 62
-_LOW = 0xFFFFFFFF
-_MAX_VOCAB = 1 << 19
+_CANDIDATES = 512  # a rank and row, where top-k does not say how many
+_MOST_CANDIDATES = 1024
+_MOST_FLOATS = 1 << 25  # that arrive of overflown rows at a time
+_COUNT = 4  # of the header of a row: how many candidates there are
+_NEEDS_MASS, _UNFILTERED, _OVERFLOWN = 1, 2, 3  # csrc/kernels/kernels.h
 
 
-class Parameters(NamedTuple):
-    """Of the rows, [B] each."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seed: Tensor
-    position: Tensor
+def sample(logits: Tensor, p: Parameters, how: How, allowed: Tensor | None, shard: Shard) -> Drawn:
+    """From this rank's columns [..., V_local]; the same on every rank."""
+    by = _by_candidates if logits.is_cpu else digits.sample
+    return by(logits, p, how, allowed, shard)
 
 
-class How(NamedTuple):
-    """Of the call: top-p of the joint softmax, all of equal logits kept, the support wanted."""
-
-    joint: bool
-    keep_ties: bool
-    support: bool
-
-
-class Prefix(NamedTuple):
-    """The keys below `cut`, and of those at it the `ties` lowest ids; [B]."""
-
-    cut: Tensor
-    ties: Tensor
-
-
-def sample(
+def _by_candidates(
     logits: Tensor, p: Parameters, how: How, allowed: Tensor | None, shard: Shard
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Support | None]:
-    """(token, logprob, full_logprob, kept, status, support) from this rank's columns [B, V_local].
-
-    The same on every rank. On CUDA the support reads its size on the host.
-    """
-    group = _vocab.process_group(shard)
-    z, m, status, layout = _maxima(logits, p, allowed, shard)
-    greedy = p.temperature == 0
-    tau = torch.where(greedy, 1, p.temperature)
-    c = (math.log2(math.e) / tau).clamp(max=torch.finfo(torch.float32).max)
-    whole = _row_masses(z, m, c)
-    filters = _filters(p, m, tau, greedy, how, layout.total)
-    z, ids = _candidates(z, filters, m, tau, p, layout)
-    mass, key = masses(z, m[:, None], c[:, None]), _keys(z)
-    kept = _kept_prefix(mass, key, whole - mass.sum(1), (m, c), filters, p, how, group)
-
-    below = key < kept.cut[:, None]
-    tied = (key == kept.cut[:, None]) & (key < _NO_KEY)
-    each = masses(_logit(kept.cut), m, c)
-    here = [below.sum(1), torch.where(below, mass, 0).sum(1), tied.sum(1), whole]
-    counts, sums, ties, totals = _gathered(torch.stack(here), group).unbind(1)
-    taken = (kept.ties - _before(ties)).clamp(min=0).minimum(ties)
-    counts, sums = counts + taken, sums + taken * each
-    rank = dist.get_rank(group)
-    stays = below | (tied & (tied.cumsum(1) <= taken[rank][:, None]))
-
-    left = _high_product(_uniform(p.seed, p.position), sums.sum(0)) - _before(sums)[rank]
-    running = torch.where(stays, mass, 0).cumsum(1)
-    mine = (left >= 0) & (left < sums[rank])
-    at = (running <= left[:, None]).sum(1)
-    token, logit = torch.zeros_like(at), torch.zeros_like(m)
-    if z.shape[1]:
-        at = at.clamp(max=z.shape[1] - 1)
-        logit, token = z.gather(1, at[:, None])[:, 0], ids.gather(1, at[:, None])[:, 0]
-    found = torch.stack([token, logit.view(torch.int32).long()]) * mine
-    dist.all_reduce(found, group=group)
-    token, logit = found[0], found[1].int().view(torch.float32)
-
-    drawn = (status & (EMPTY | INVALID)) == 0
-    logprob, full = (
-        torch.where(greedy, 0, (logit - m).double() / tau - torch.log(total * 2.0**-44))
-        for total in (sums.sum(0).double(), totals.sum(0).double())
-    )
-    logprob, full = (torch.where(drawn, x, math.nan).float() for x in (logprob, full))
-    stays, counts = stays & drawn[:, None], torch.where(drawn, counts, 0)
-    out = torch.where(drawn, token, -1), logprob, full, counts.sum(0).int(), status
-    return *out, _support(ids[stays].int(), counts, group) if how.support else None
-
-
-def _maxima(logits: Tensor, p: Parameters, allowed: Tensor | None, shard: Shard):
-    """(z in float32 without NaN and +inf, m, status, layout); a row without a draw has z = −inf."""
-    whole = logits.reshape(len(p.seed), logits.shape[-1]).float()
-    clean = whole
+) -> Drawn:
+    group, rows = _vocab.process_group(shard), _Rows(logits, p, how, allowed)
 
     def fill(first: int, out: Tensor) -> None:
-        nonlocal clean
-        nan = whole.isnan()
-        if allowed is not None:
-            bad = _forbidden(allowed, first, whole.shape[1])
-            nan = nan & ~bad
-            clean = torch.where(bad, -math.inf, whole)
-        clean = torch.where(clean.isnan(), -math.inf, clean)
-        out.zero_()
-        out[:, 0] = clean.amax(1) if whole.shape[1] else -math.inf
-        out[:, 1] = nan.any(1)
+        rows.candidates(first, rows.all, (0, 0, MAX_VOCAB), out)
 
-    parts, layout, apart = _vocab.meet(fill, "seed", p.seed, 0, shard, whole.shape[1], whole)
-    if layout.total >= _MAX_VOCAB:
-        raise ValueError(f"logits must have V < {_MAX_VOCAB}, got {layout.total}")
-    if allowed is not None and allowed.shape[1] != -(-layout.total // 32):
-        raise ValueError(
-            f"allowed must have {-(-layout.total // 32)} words a row for V = {layout.total}, "
-            f"got {allowed.shape[1]}"
-        )
-    m = parts[..., 0].amax(0)
-    valid = (p.temperature >= 0) & (p.temperature < math.inf)
-    for share in (p.top_p, p.min_p):
-        valid = valid & (share >= 0) & (share <= 1)
-    infinite, lost = m == math.inf, m == -math.inf
-    if apart is not None:
-        lost = lost | apart
-    status = NAN * parts[..., 1].amax(0).to(torch.uint8) + INF * infinite + EMPTY * lost
-    status = torch.where(valid, status, INVALID).to(torch.uint8)
-    top = torch.where(clean == math.inf, 0.0, -math.inf)
-    z = torch.where(infinite[:, None], top, clean)
-    m = torch.where(infinite | lost | ~valid, 0, m)
-    return torch.where((lost | ~valid)[:, None], -math.inf, z), m, status, layout
+    like = logits.new_empty(0, dtype=torch.float32)
+    numbers = _C.shard_header + 2 * _capacity(p)
+    parts, layout, _ = _vocab.meet(fill, "seed", p.seed, 0, shard, rows.width, like, numbers)
+    check_total(layout, allowed)
+    found = _Selection(rows, None, parts, layout.total)
+    found.select(None)
+    late = found.state.nonzero()[:, 0]
+    if len(late) == 0:
+        return found.drawn._replace(support=found.support())
 
+    drawn, many = found.drawn, found.state[late] == _OVERFLOWN
+    known = found.max.data_ptr(), drawn.status.data_ptr(), layout.total
+    mine = torch.zeros(
+        (2, len(late)), dtype=torch.int64
+    )  # masses, and how many candidates are left
+    rows.masses(layout.first, late, known, mine[0])
+    if many.any():
+        header = torch.empty(int(many.sum()), _C.shard_header)
+        rows.candidates(layout.first, late[many], known, header)
+        mine[1, many] = header[:, _COUNT].long()
+    every = _vocab.gathered(mine, group)
+    mass = torch.zeros(len(rows.all), dtype=torch.int64)
+    mass[late] = every[:, 0].sum(0)
+    found.select(mass)
 
-def _forbidden(allowed: Tensor, first: int, width: int) -> Tensor:
-    """bool [B, width]: ids from `first` on whose bit is 0; beyond the words, too."""
-    ids = torch.arange(first, first + width, device=allowed.device)
-    word = allowed[:, (ids // 32).clamp(max=max(0, allowed.shape[1] - 1))]
-    return (word >> (ids % 32).to(torch.int32) & 1) == 0
-
-
-def masses(z: Tensor, m: Tensor, c: Tensor) -> Tensor:
-    """floor(2^44·2^y), int64: the polynomial of csrc/kernels/vec.h, an operation at a time."""
-    y = ((z - m) * c).nan_to_num(nan=-127.0).clamp(min=-127.0)
-    n = (y + 12582912.0) - 12582912.0
-    f = y - n
-    p = torch.full_like(f, 0.00015196693129837513)
-    for a in (
-        0.0013391304528340697,
-        0.009619002230465412,
-        0.055503588169813156,
-        0.24022643268108368,
-        0.6931471824645996,
-        1.0,
-    ):
-        p = p * f
-        p = p + a
-    bits = p.view(torch.int32) + (n.to(torch.int32) << 23)
-    return (bits.view(torch.float32) * 17592186044416.0).long()
+    free = late[found.state[late] == _UNFILTERED]
+    if len(free):
+        masses = every[:, 0, torch.searchsorted(late, free)].contiguous()
+        token, logit = rows.placed(layout.first, free, found.max, masses, group)
+        logprob = (logit - found.max[free]).double() / p.temperature[free] - found.log_sum[free]
+        drawn.token[free] = token
+        drawn.logprob[free] = drawn.full_logprob[free] = logprob.float()
+    support = found.support()
+    for some in _split(late[many], every[:, 1, many]):
+        capacity = int(every[:, 1, torch.searchsorted(late, some)].max())
+        part = torch.empty(len(some), _C.shard_header + 2 * capacity)
+        rows.candidates(layout.first, some, known, part)
+        wide = _Selection(rows, some, _vocab.gathered(part, group), layout.total)
+        wide.state.fill_(_NEEDS_MASS)
+        wide.select(mass[some])
+        for to, values in zip(drawn[:5], wide.drawn[:5], strict=True):
+            to[some] = values
+        more = wide.support()
+        if support is not None and more is not None:
+            support = _filled(support, some, more)
+    return drawn._replace(support=support)
 
 
-def _row_masses(z: Tensor, m: Tensor, c: Tensor) -> Tensor:
-    """[B]; on CPU a few rows at a time, whose intermediate results stay in cache."""
-    size = len(z) if z.is_cuda else max(1, (1 << 17) // max(1, z.shape[1]))
-    blocks = zip(z.split(size), m.split(size), c.split(size), strict=True)
-    parts = [masses(a, b[:, None], s[:, None]).sum(1) for a, b, s in blocks]
-    return torch.cat(parts) if parts else m.long()
+class _Rows:
+    """Rows as the kernels take them: this rank's columns and the parameters, by address."""
+
+    def __init__(self, logits: Tensor, p: Parameters, how: How, allowed: Tensor | None):
+        self.logits, self.p, self.how, self.allowed = logits, p, how, allowed
+        self.width, self.threads = logits.shape[-1], _op.threads()
+        self.all = torch.arange(len(p.seed))
+
+    def at(self, first: int, p: Parameters):
+        """Of columns from `first` on."""
+        words = 0 if self.allowed is None else self.allowed.shape[1]
+        return (
+            _op.rows(self.logits, self.width), first, p.temperature.data_ptr(),
+            p.top_k.data_ptr(), p.top_p.data_ptr(), p.min_p.data_ptr(), p.seed.data_ptr(),
+            p.position.data_ptr(), _op.address(self.allowed), words, self.how.joint,
+            self.how.keep_ties,
+        )  # fmt: skip
+
+    def candidates(self, first: int, rows: Tensor, known, out: Tensor) -> None:
+        """Into out [rows, shard_header + 2·capacity]."""
+        capacity = (out.shape[-1] - _C.shard_header) // 2
+        shard = self.at(first, self.p)
+        where = rows.data_ptr(), len(rows)
+        _C.shard_candidates(shard, *where, known, capacity, out.data_ptr(), self.threads)
+
+    def masses(self, first: int, rows: Tensor, known, out: Tensor) -> None:
+        """Of this rank's columns, into out [rows]."""
+        shard = self.at(first, self.p)
+        _C.shard_masses(shard, rows.data_ptr(), len(rows), known, out.data_ptr(), self.threads)
+
+    def placed(self, first: int, rows: Tensor, m: Tensor, masses: Tensor, group):
+        """(token, logit) of rows that nothing cuts, from the shards' masses [ranks, rows]."""
+        at = torch.empty((len(rows), 2), dtype=torch.int64)
+        _C.shard_draw(
+            self.at(first, self.p), rows.data_ptr(), len(rows), m.data_ptr(), masses.data_ptr(),
+            len(masses), dist.get_rank(group), at.data_ptr(), self.threads,
+        )  # fmt: skip
+        dist.all_reduce(at, group=group)
+        return at[:, 0], at[:, 1].int().view(torch.float32)
 
 
-def _keys(z: Tensor) -> Tensor:
-    """Ascending is the logit descending; −0 equals +0, −inf is no key."""
-    u = (z + 0.0).view(torch.int32).long() & _LOW
-    key = torch.where(u >= 1 << 31, u, ~u & (_LOW >> 1))
-    return torch.where(z == -math.inf, _NO_KEY, key)
+class _Selection:
+    """What the candidates of all ranks [ranks, rows, numbers] say of all rows, or of some."""
+
+    def __init__(self, rows: _Rows, some: Tensor | None, parts: Tensor, total: int):
+        self.rows, self.parts, self.total = rows, parts.contiguous(), total
+        self.p = rows.p if some is None else Parameters(*(x[some] for x in rows.p))
+        count = self.parts.shape[1]
+
+        def empty(dtype: torch.dtype) -> Tensor:
+            return torch.empty(count, dtype=dtype)
+
+        token, kept, status = empty(torch.int64), empty(torch.int32), empty(torch.uint8)
+        logprob, full = empty(torch.float32), empty(torch.float32)
+        self.drawn = Drawn(token, logprob, full, kept, status, None)
+        self.state, self.max = empty(torch.uint8), empty(torch.float32)
+        self.log_sum = empty(torch.float64)
+        self._kept = _C.KeptSets(count) if rows.how.support else None
+
+    def select(self, row_mass: Tensor | None) -> None:
+        """All rows; once their masses are known, those whose state says that they wait for them."""
+        ranks, count, numbers = self.parts.shape
+        drawn = self.drawn
+        _C.shard_select(
+            self.rows.at(0, self.p), self.parts.data_ptr(), ranks, count,
+            (numbers - _C.shard_header) // 2, self.total, _op.address(row_mass),
+            drawn.token.data_ptr(), drawn.logprob.data_ptr(), drawn.full_logprob.data_ptr(),
+            drawn.kept.data_ptr(), drawn.status.data_ptr(), self.state.data_ptr(),
+            self.max.data_ptr(), self.log_sum.data_ptr(), self._kept, self.rows.threads,
+        )  # fmt: skip
+
+    def support(self) -> Support | None:
+        kept = self._kept
+        if kept is None:
+            return None
+        ids = _warm.empty_ids(kept.total())
+        offsets = torch.empty(len(self.state) + 1, dtype=torch.int64)
+        status = self.drawn.status.data_ptr()
+        where = ids.data_ptr(), ids.numel(), offsets.data_ptr()
+        kept.write(*where, 0, 0, status, self.rows.threads)
+        return Support(ids, offsets)
 
 
-def _logit(key: Tensor) -> Tensor:
-    """The logit of a key."""
-    u = torch.where(key >= 1 << 31, key, ~key & (_LOW >> 1))
-    return torch.where(u >= 1 << 31, u - (1 << 32), u).int().view(torch.float32)
+def _capacity(p: Parameters) -> int:
+    """Candidates of a row that a rank sends; the ranks know it from what they have in common."""
+    greedy = p.temperature == 0
+    cut = greedy | (p.top_k > 0) | (p.top_p < 1) | (p.min_p > 0)
+    if not cut.any():
+        return 0
+    by_k = torch.where(greedy, 1, torch.where(p.top_k > 0, p.top_k, _CANDIDATES))
+    return int(torch.where(cut, by_k, 0).max().clamp(max=_MOST_CANDIDATES))
 
 
-class Filters(NamedTuple):
-    """Which rows have which filter [B], k with 1 for the greedy ones, and the logit of min-p."""
-
-    by_k: Tensor
-    by_p: Tensor
-    by_min: Tensor
-    of_top_k: Tensor  # top-p is of the mass that top-k left
-    top_k: Tensor
-    least: Tensor
-    trims: Tensor  # top-k does, among equal logits
+def _split(rows: Tensor, counts: Tensor) -> list[Tensor]:
+    """Overflown rows, as many at a time as may arrive; alike on every rank."""
+    if len(rows) == 0:
+        return []
+    floats = len(counts) * (_C.shard_header + 2 * int(counts.max()))
+    return list(rows.split(max(1, _MOST_FLOATS // floats)))
 
 
-def _filters(p: Parameters, m, tau, greedy, how: How, total: int) -> Filters:
-    top_k = torch.where(greedy, 1, p.top_k)
-    by_k, by_p = (top_k > 0) & (top_k < total), (p.top_p < 1) & ~greedy
-    least = m.double() + tau.double() * p.min_p.double().log()
-    near = least.float()
-    up = torch.nextafter(near, torch.full_like(near, math.inf))
-    least = torch.where(near < least, up, near)
-    of_top_k = by_k & by_p & (not how.joint)
-    trims = greedy | (not how.keep_ties)
-    return Filters(by_k, by_p, (p.min_p > 0) & ~greedy, of_top_k, top_k, least, trims)
-
-
-def _candidates(z, f: Filters, m, tau, p: Parameters, layout) -> tuple[Tensor, Tensor]:
-    """(logits, ids), ascending in a row, of a set that holds all kept tokens; the rest is −inf.
-
-    The bounds of csrc/kernels/sample.cpp. On CUDA, where their number cannot be read, all.
-    """
-    ids = torch.arange(layout.first, layout.first + z.shape[1], device=z.device).expand(z.shape)
-    if z.is_cuda or z.numel() == 0:
-        return z, ids
-    bound = torch.full_like(m, -torch.finfo(torch.float32).max)
-    widest = int(torch.where(f.by_k, f.top_k, 0).max())
-    if 0 < widest < z.shape[1]:
-        at = z.topk(widest).values.gather(1, (f.top_k.clamp(1, widest) - 1)[:, None])[:, 0]
-        bound = torch.where(f.by_k, bound.maximum(at), bound)
-    tail = (layout.total / (1 - p.top_p.double())).log().add(1e-4).clamp(max=30.6)
-    low = (m.double() - tau.double() * tail).clamp(min=-torch.finfo(torch.float32).max).float()
-    low = torch.nextafter(low, torch.full_like(low, -math.inf))
-    bound = torch.where(f.by_p & ~f.of_top_k, bound.maximum(low), bound)
-    bound = torch.where(f.by_min & ~f.of_top_k, bound.maximum(f.least), bound)
-    row, column = (z >= bound[:, None]).nonzero().unbind(1)
-    counts = row.bincount(minlength=len(z))
-    slot = torch.arange(len(row)) - _before(counts)[row]
-    size = (len(z), int(counts.max()))
-    few, few_ids = z.new_full(size, -math.inf), ids.new_zeros(size)
-    few[row, slot], few_ids[row, slot] = z[row, column], column + layout.first
-    return few, few_ids
-
-
-def _kept_prefix(mass, key, rest, scale, f: Filters, p: Parameters, how: How, group) -> Prefix:
-    kept = Prefix(torch.full_like(p.top_k, _NO_KEY), torch.full_like(p.top_k, _ALL))
-    pool = torch.full_like(p.top_k, -1)  # the mass of the top-k set
-    if _any(f.by_k):
-        found, inside = _shortest(mass, key, rest, scale, f.trims, group, count=f.top_k)
-        kept = Prefix(*(torch.where(f.by_k, a, b) for a, b in zip(found, kept, strict=True)))
-        pool = torch.where(f.of_top_k, inside, pool)
-    if _any(f.by_p):
-        trims = torch.full_like(f.trims, not how.keep_ties)
-        found, _ = _shortest(mass, key, rest, scale, trims, group, share=p.top_p, pool=pool)
-        kept = _shorter(kept, found, f.by_p)
-    if _any(f.by_min):
-        cut = _keys(f.least)
-        kept = _shorter(kept, Prefix(cut, torch.full_like(cut, _ALL)), f.by_min)
-    return kept
-
-
-def _any(rows: Tensor) -> bool:
-    """Whether a filter is on at all: read on CPU; on CUDA it always is."""
-    return rows.is_cuda or bool(rows.any())
-
-
-def _shorter(a: Prefix, b: Prefix, where: Tensor) -> Prefix:
-    b_first = where & ((b.cut < a.cut) | ((b.cut == a.cut) & (b.ties < a.ties)))
-    return Prefix(torch.where(b_first, b.cut, a.cut), torch.where(b_first, b.ties, a.ties))
-
-
-def _shortest(mass, key, rest, scale, trims, group, *, count=None, share=None, pool=None):
-    """(the shortest prefix of `count` keys, or of `share` of the mass, its mass) over all ranks.
-
-    `share` is of `pool` [B], and of the whole row where that is negative: of the candidates and of
-    the `rest` of this rank's mass.
-    """
-    by = 0 if share is None else 1
-    weights = torch.stack([(key < _NO_KEY).long(), mass], 1)  # [B, 2, V_local]
-    base = torch.zeros_like(trims, dtype=torch.int64)  # the digits of the cut so far
-    below = at = everything = torch.zeros_like(base)[:, None].repeat(1, 2)
-    need = base if count is None else count
-    for shift, bits in _DIGITS:
-        inside = (key >> (shift + bits)) == (base >> (shift + bits))[:, None]
-        digit = (key >> shift) & ((1 << bits) - 1)
-        part = weights * inside[:, None]
-        flat = part.new_zeros(len(part), (2 << bits) + 1)
-        flat[:, -1] = rest
-        table = flat[:, :-1].view(-1, 2, 1 << bits)
-        table.scatter_add_(2, digit[:, None].expand_as(part), part)
-        dist.all_reduce(flat, group=group)
-        if shift == _DIGITS[0][0]:
-            everything = table.sum(2)
-            everything[:, 1] += flat[:, -1]
-            if share is not None:
-                need = _share_of(share, torch.where(pool < 0, everything[:, 1], pool))
-        running = table.cumsum(2) + below[..., None]
-        found = (running[:, by] < need[:, None]).sum(1).clamp(max=(1 << bits) - 1)
-        here = found[:, None, None].expand(-1, 2, 1)
-        at = table.gather(2, here)[..., 0]
-        below = running.gather(2, here)[..., 0] - at
-        base = base | found << shift
-    each = masses(_logit(base), *scale)
-    unit = each.clamp(min=1) if by else torch.ones_like(each)
-    ties = torch.where(trims, -((below[:, by] - need) // unit), _ALL)
-    reached = everything[:, by] >= need
-    prefix = Prefix(torch.where(reached, base, _NO_KEY), torch.where(reached, ties, _ALL))
-    inside_of = below[:, 1] + each * ties.minimum(at[:, 0])
-    return prefix, torch.where(reached, inside_of, everything[:, 1])
-
-
-def _share_of(share: Tensor, total: Tensor) -> Tensor:
-    """max(1, ceil(P·total / 2^32)) with P = floor(share·2^32), in pieces that fit 63 bits."""
-    P = (share.double() * 4294967296.0).long()
-    a, b = (total & _LOW) >> 16, total & 0xFFFF
-    low = P * b
-    middle = P * a + (low >> 16)
-    rest = ((middle & 0xFFFF) != 0) | ((low & 0xFFFF) != 0)
-    return (P * (total >> 32) + (middle >> 16) + rest).clamp(min=1)
-
-
-def _uniform(seed: Tensor, position: Tensor) -> list[Tensor]:
-    """The 64 bits of Philox4x32-10, stream 0, as four limbs of 16, the lowest first."""
-    c = [position & _LOW, position >> 32 & _LOW, torch.zeros_like(seed), torch.zeros_like(seed)]
-    k = [seed & _LOW, seed >> 32 & _LOW]
-    for _ in range(10):
-        a, b = (
-            0xD2511F53 * c[0],
-            0xCD9E8D57 * c[2],
-        )  # the product of 64 bits wraps: its bits are right
-        c = [(b >> 32 & _LOW) ^ c[1] ^ k[0], b & _LOW, (a >> 32 & _LOW) ^ c[3] ^ k[1], a & _LOW]
-        k = [(k[0] + 0x9E3779B9) & _LOW, (k[1] + 0xBB67AE85) & _LOW]
-    return [c[1] & 0xFFFF, c[1] >> 16, c[0] & 0xFFFF, c[0] >> 16]
-
-
-def _high_product(limbs: list[Tensor], total: Tensor) -> Tensor:
-    """floor(u·total / 2^64)."""
-    others = [total >> 16 * i & 0xFFFF for i in range(4)]
-    carry, high = torch.zeros_like(total), torch.zeros_like(total)
-    for place in range(7):
-        for i in range(max(0, place - 3), min(place, 3) + 1):
-            carry = carry + limbs[i] * others[place - i]
-        if place >= 4:
-            high = high | (carry & 0xFFFF) << 16 * (place - 4)
-        carry = carry >> 16
-    return high | carry << 48
-
-
-def _gathered(x: Tensor, group) -> Tensor:
-    """[ranks, …], in rank order."""
-    out = x.new_empty((dist.get_world_size(group), *x.shape))
-    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
-    return out
-
-
-def _before(x: Tensor) -> Tensor:
-    """The sum over the ranks before each."""
-    return x.cumsum(0) - x
-
-
-def _support(mine: Tensor, counts: Tensor, group) -> Support:
-    """All ranks' kept ids as CSR, from [ranks, B] counts; ids of a row ascend in rank order."""
-    sizes = counts.sum(1)
-    padded = mine.new_zeros(int(sizes.max()))
-    padded[: mine.numel()] = mine
-    every = _gathered(padded, group)
-    offsets = torch.nn.functional.pad(counts.sum(0).cumsum(0), (1, 0))
-    ids = mine.new_empty(int(offsets[-1]))
-    for r, part in enumerate(every):
-        begin = offsets[:-1] + _before(counts)[r]
-        shift = begin - _before(counts[r])
-        slot = shift.repeat_interleave(counts[r]) + torch.arange(int(sizes[r]), device=ids.device)
-        ids[slot] = part[: int(sizes[r])]
+def _filled(support: Support, rows: Tensor, rest: Support) -> Support:
+    """`support`, whose `rows` are empty, with the rows of `rest` in their places."""
+    counts = support.offsets.diff()
+    counts[rows] = rest.offsets.diff()
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    ids = support.ids.new_empty(int(offsets[-1]))
+    late = torch.zeros(len(counts), dtype=torch.bool).index_fill_(0, rows, True)
+    late = late.repeat_interleave(counts)
+    ids[~late], ids[late] = support.ids, rest.ids
     return Support(ids, offsets)

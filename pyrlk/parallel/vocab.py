@@ -26,7 +26,7 @@ from .. import _check, _op
 from .. import support as _support
 from .._rows import Actions, check_tokens, wrong_tokens
 
-_HEADER = 2  # rows of 4 floats before those of the tokens
+_HEADER = 8  # floats before those of the tokens
 _DIGEST = 5  # the last number of the header
 _INTEGERS = 1 << 24  # what a float of the header holds exactly
 
@@ -152,7 +152,7 @@ def score(
         _support.check_values(at.kept, at.vocab or (1 << 31) - 1)
 
     def fill(first: int, out: Tensor) -> None:
-        _statistics(local, columns(at, first, width), out)
+        statistics_of(local, columns(at, first, width), out)
 
     parts, layout, wrong = meet(fill, "tokens", at.tokens, at.vocab, shard, width, like)
     at = at._replace(vocab=at.vocab or layout.total)
@@ -161,7 +161,7 @@ def score(
     else:
         wrong = wrong | wrong_tokens(at.tokens, at.kept, at.vocab)
     tau, c = _temperature(at, like)
-    m, s, e, z = _combine(parts.double(), c)
+    m, s, e, z = combine(parts.double(), c)
     s = torch.where((m == -math.inf) if wrong is None else (m == -math.inf) | wrong, math.nan, s)
     ignored = at.tokens == -100
     logprob = torch.where(ignored, 0, (z - m) / tau - s.log())
@@ -186,13 +186,14 @@ def meet(
     shard: Shard,
     width: int,
     like: Tensor,
+    numbers: int = 4,
 ) -> tuple[Tensor, Layout, Tensor | None]:
-    """(parts [ranks, T, 4], layout, on CUDA whether the ranks disagree) by one all-gather.
+    """(parts [ranks, T, numbers], layout, on CUDA whether the ranks disagree) by one all-gather.
 
-    ``fill(first, out)`` writes this rank's part [T, 4] where its columns begin at `first`. `common`
-    [T], which errors call `name`, and `vocab` must be the same on all ranks. A first call may need
-    a second all-gather: where unequal shards begin is known when the ranks have met. On CUDA the
-    host reads it then and never again.
+    ``fill(first, out)`` writes this rank's part [T, numbers] where its columns begin at `first`.
+    `common` [T], which errors call `name`, and `vocab` must be the same on all ranks. A first call
+    may need a second all-gather: where unequal shards begin is known when the ranks have met. On
+    CUDA the host reads it then and never again.
     """
     group = process_group(shard)
     known, key = _layouts.setdefault(group, {}), (width, shard.guess)
@@ -200,13 +201,13 @@ def meet(
     if like.is_cuda and not trusted and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call once with this group before the capture: the ranks have not met")
     guess = dist.get_rank(group) * width if shard.guess < 0 else shard.guess
-    layout = known.get(key, Layout(guess, 0))
+    layout, shape = known.get(key, Layout(guess, 0)), (common.numel(), numbers)
     while True:
-        payload = _payload(common, vocab, width, layout.first, trusted, like)
-        fill(layout.first, payload[_HEADER:])
+        payload = _payload(common, vocab, width, layout.first, trusted, like, numbers)
+        fill(layout.first, payload[_HEADER:].view(*shape))
         table = payload.new_empty((dist.get_world_size(group), *payload.shape))
         dist.all_gather(list(table.unbind(0)), payload, group=group)
-        headers, parts = table[:, :_HEADER].flatten(1), table[:, _HEADER:]
+        headers, parts = table[:, :_HEADER], table[:, _HEADER:].unflatten(1, shape)
         if trusted:
             break
         layout, agreed = _layout(headers, dist.get_rank(group), name)
@@ -218,18 +219,25 @@ def meet(
     return parts, layout, ~_agree(headers) if like.is_cuda else None
 
 
+def gathered(x: Tensor, group: Any) -> Tensor:
+    """[ranks, …], in rank order."""
+    out = x.new_empty((dist.get_world_size(group), *x.shape))
+    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
+    return out
+
+
 def process_group(shard: Shard) -> Any:
     name: Any = shard.group
     return dist.distributed_c10d._resolve_process_group(name)
 
 
 def _payload(
-    common: Tensor, vocab: int, width: int, first: int, trusted: bool, like: Tensor
+    common: Tensor, vocab: int, width: int, first: int, trusted: bool, like: Tensor, numbers: int
 ) -> Tensor:
     """[header; part] with the header written: what the ranks must know or have in common."""
     count = common.numel()
-    payload = like.new_empty((_HEADER + count, 4), dtype=_op.compute_dtype(like))
-    header = payload[:_HEADER].view(-1)
+    payload = like.new_empty(_HEADER + count * numbers, dtype=_op.compute_dtype(like))
+    header = payload[:_HEADER]
     for i, value in enumerate((width, first, trusted, vocab, count, 0, 0, 0)):
         if value >= _INTEGERS:
             raise ValueError(f"a sharded vocabulary must have less than 2^24 ids, got {value}")
@@ -261,7 +269,7 @@ def _agree(headers: Tensor) -> Tensor:
     return (firsts == widths.cumsum(0) - widths).all() & (common == common[0]).all()
 
 
-def _statistics(local, at: Actions, out: Tensor) -> None:
+def statistics_of(local, at: Actions, out: Tensor) -> None:
     """Writes (m, s, E, z_a) of this rank's columns; (−inf, 0, 0, −inf) where it has none."""
     if at.vocab == 0:
         out.fill_(-math.inf)[:, 1:3] = 0
@@ -294,15 +302,16 @@ def _temperature(at: Actions, like: Tensor) -> tuple[Tensor, Tensor]:
     return tau.double(), c.double()
 
 
-def _combine(parts: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def combine(parts: Tensor, c: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(m, s, E, z_a) of whole rows from those of the shards [ranks, T, 4]."""
     ms, sums, energies, zs = parts.unbind(-1)
     m = ms.amax(0)
     shift = ((ms - m) * c).clamp(min=-1100.0)  # 2^−1100 is 0, and so is its product with y
     weight = torch.where(sums == 0, 0, shift.exp2())
     shift = torch.where(sums == 0, 0, shift)
-    return m, _in_order(weight * sums), _in_order(weight * (energies + shift * sums)), zs.amax(0)
+    return m, in_order(weight * sums), in_order(weight * (energies + shift * sums)), zs.amax(0)
 
 
-def _in_order(x: Tensor) -> Tensor:
+def in_order(x: Tensor) -> Tensor:
+    """Σ over the ranks, in their order."""
     return functools.reduce(torch.add, x.unbind(0))

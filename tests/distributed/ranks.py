@@ -5,6 +5,7 @@ Every check runs on all ranks and compares with the whole vocabulary, which ever
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from harness import check, collectives, main
 
 import pyrlk
 from pyrlk import reference
+from pyrlk.parallel import sampling as sharded
 
 T, V, H = 24, 1000, 32
 
@@ -277,6 +279,104 @@ def linear_scores_and_losses_equal_the_unsharded_ones():
                 same_on_all_ranks(group, *got, share[0].grad)
 
 
+def mtp(case, hidden, weight, group, kind, **options):
+    """The loss, its by-products, and backward."""
+    teacher = case.hidden.flip(0) if kind == "tv" else None
+    cu_seqlens = torch.tensor([0, 9, 10, T])
+    loss, stats = pyrlk.mtp_loss(
+        hidden, weight, case.tokens, mask=case.mask, cu_seqlens=cu_seqlens, kind=kind,
+        teacher_hidden=teacher, detach_weight=False, group=group, return_stats=True, **options,
+    )  # fmt: skip
+    loss.backward()
+    return loss.detach(), *stats
+
+
+@check
+def the_loss_of_a_draft_head_equals_the_unsharded_one():
+    """Both kinds, chunks, packed sequences, a mask, a token at the edge of a shard."""
+    for group in groups():
+        for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+            case = Case(group, dtype=dtype)
+            case.tokens[4], case.tokens[13] = case.widths[0] - 1, case.widths[0]
+            for kind in ("ce", "tv"):
+                for options in ({}, {"depth": 2, "chunk": 5}):
+                    x, w = leaf(case.hidden), leaf(case.weight)
+                    y, v = leaf(case.hidden), leaf(case.mine(case.weight, 0))
+                    wanted, *counts = mtp(case, x, w, None, kind, **options)
+                    got, *same = mtp(case, y, v, group, kind, **options)
+                    near(got, wanted, bound, kind)
+                    assert same == counts
+                    near_gradient(y.grad, x.grad, 2 * bound, x.grad)
+                    near_gradient(v.grad, w.grad[case.columns], 2 * bound, w.grad)
+                    same_on_all_ranks(group, got, *same, y.grad)
+                    z, u = leaf(case.hidden), leaf(case.mine(case.weight, 0))
+                    assert torch.equal(mtp(case, z, u, group, kind, **options)[0], got)
+                    assert torch.equal(z.grad, y.grad)
+                    assert torch.equal(u.grad, v.grad)
+
+
+@check
+def equal_logits_of_two_ranks_count_as_argmax_has_them():
+    """The first of the largest: the last rank repeats the first one's rows of the weight."""
+    case = Case(dist.group.WORLD, dtype=torch.bfloat16)
+    twins = case.weight.clone()
+    twins[-100:] = twins[:100]
+    best = (case.hidden @ twins.t()).argmax(-1)
+    assert (best < 100).any()
+    for shift in (0, V - 100):
+        case.tokens[1:] = torch.where(best < 100, best + shift, best)[:-1]
+        case.mask[:] = True
+        options = {"mask": case.mask, "depth": 1, "return_stats": True}
+        tokens = case.tokens.roll(1)
+        whole = pyrlk.mtp_loss(case.hidden, twins, tokens, **options)[1]
+        mine = case.mine(twins, 0)
+        assert pyrlk.mtp_loss(case.hidden, mine, tokens, group=case.group, **options)[1] == whole
+        assert (whole.matches == whole.tokens) == (shift == 0)
+
+
+@check
+def collectives_of_a_draft_head():
+    """ "ce" meets once; "tv" needs the sums of whole rows before it knows which is larger."""
+    case = Case(dist.group.WORLD)
+    gather, reduce = "c10d::allgather_", "c10d::allreduce_"
+
+    def run(hidden, kind):
+        teacher = case.hidden if kind == "tv" else None
+        options = {"kind": kind, "teacher_hidden": teacher, "group": case.group, "chunk": 5}
+        loss = pyrlk.mtp_loss(
+            hidden, leaf(case.mine(case.weight, 0)), case.tokens, detach_weight=False,
+            return_stats=True, **options,
+        )[0]  # fmt: skip
+        loss.backward()
+
+    run(case.hidden, "ce")
+    for kind, gathers in (("ce", 1), ("tv", 2)):
+        assert collectives(lambda k=kind: run(case.hidden, k)) == [gather] * gathers
+        seen = collectives(lambda k=kind: run(leaf(case.hidden), k))
+        assert seen == [gather] * gathers + [reduce]
+
+
+@check
+def a_draft_head_names_what_is_wrong():
+    case = Case(dist.group.WORLD)
+    call = {
+        "hidden": case.hidden, "weight": case.mine(case.weight, 0), "tokens": case.tokens,
+        "group": case.group,
+    }  # fmt: skip
+    far = case.tokens.index_fill(0, torch.tensor([8]), V)
+    raises(
+        ValueError, f"tokens[8] = {V} is outside [0, {V})", pyrlk.mtp_loss, **call | {"tokens": far}
+    )
+    other = case.tokens.index_fill(0, torch.tensor([8]), dist.get_rank())
+    raises(
+        ValueError, "tokens must be the same on every rank", pyrlk.mtp_loss,
+        **call | {"tokens": other},
+    )  # fmt: skip
+    raises(TypeError, "group must be", pyrlk.mtp_loss, **call | {"group": 1})
+    none = torch.full((T,), -100)
+    assert pyrlk.mtp_loss(**call | {"tokens": none}) == 0
+
+
 @check
 def main_grad_of_a_sharded_weight_is_added_to():
     case = Case(dist.group.WORLD)
@@ -366,8 +466,36 @@ DRAWS = [
 ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def ways_to_draw(way):
+    """How rows are drawn from on the CPU: by candidates, by few of them, as on CUDA."""
+    before = sharded.sample, sharded._MOST_CANDIDATES
+    if way == "few candidates":
+        sharded._MOST_CANDIDATES = 6
+    if way == "digits":
+        sharded.sample = sharded.digits.sample
+    try:
+        yield
+    finally:
+        sharded.sample, sharded._MOST_CANDIDATES = before
+
+
 @check
-def draws_are_those_of_the_whole_rows():
+def draws_by_candidates_are_those_of_the_whole_rows():
+    draws_are_those_of_the_whole_rows("candidates")
+
+
+@check
+def draws_that_overflow_are_those_of_the_whole_rows():
+    draws_are_those_of_the_whole_rows("few candidates")
+
+
+@check
+def draws_by_digits_are_those_of_the_whole_rows():
+    draws_are_those_of_the_whole_rows("digits")
+
+
+def draws_are_those_of_the_whole_rows(way):
     """Tokens, kept sets and status in every bit; log-probs to 2e-6."""
     for group in groups():
         case = Case(group)
@@ -384,7 +512,8 @@ def draws_are_those_of_the_whole_rows():
             for dtype in (torch.float32, torch.bfloat16):
                 options = {"seed": 11, **given, "return_support": True}
                 wanted = pyrlk.sample(z.to(dtype), **options)
-                got = pyrlk.sample(case.mine(z.to(dtype)), group=group, **options)
+                with ways_to_draw(way):
+                    got = pyrlk.sample(case.mine(z.to(dtype)), group=group, **options)
                 assert torch.equal(got.token, wanted.token), given
                 assert torch.equal(got.kept, wanted.kept), given
                 assert torch.equal(got.status, wanted.status), given
@@ -412,15 +541,45 @@ def draws_of_many_positions_agree():
 
 @check
 def collectives_of_a_draw():
-    """One for the maxima, three a filter, one for the kept masses, one for the token."""
+    """One; top-p of the whole row needs its mass, and a row that nothing cuts the place, too.
+
+    The candidates of these rows fit: most of their mass is near the maximum.
+    """
     case = Case(dist.group.WORLD)
     gather, reduce = "c10d::allgather_", "c10d::allreduce_"
-    for given, filters in (({}, 0), ({"min_p": 0.1}, 0), ({"top_k": 5}, 1), ({"top_p": 0.9}, 1),
-                           ({"top_k": 5, "top_p": 0.9}, 2)):  # fmt: skip
-        z = case.mine(case.logits)
+    for given, wanted in (
+        ({"top_k": 5}, [gather]),
+        ({"min_p": 0.1}, [gather]),
+        ({"top_k": 50, "top_p": 0.95}, [gather]),
+        ({"top_k": 50, "top_p": 0.95, "min_p": 0.01}, [gather]),
+        ({"temperature": 0.0}, [gather]),
+        ({"top_p": 0.9}, [gather] * 2),
+        ({}, [gather] * 2 + [reduce]),
+    ):
+        z = case.mine(8 * case.logits)
         pyrlk.sample(z, seed=0, group=case.group)
         seen = collectives(lambda z=z, o=given: pyrlk.sample(z, seed=0, group=case.group, **o))
-        assert seen == [gather] * 2 + [reduce] * (1 + 3 * filters), given
+        assert seen == wanted, given
+
+
+@check
+def the_draw_needs_no_candidates_where_nothing_is_cut():
+    """Rows wider than the candidates that are sent; the log-prob is that of the whole row."""
+    g = torch.Generator().manual_seed(2)
+    z = 3 * torch.randn(8, 9000, generator=g)
+    case = Case(dist.group.WORLD, vocab=9000)
+    z[3, ::2], z[4, 100], z[5] = -torch.inf, torch.inf, -torch.inf
+    for position in range(20):
+        options = {"seed": 4, "position": position, "temperature": 0.8}
+        wanted = pyrlk.sample(z, **options)
+        got = pyrlk.sample(case.mine(z), group=case.group, **options)
+        for name in ("token", "kept", "status"):
+            assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+        for name in ("logprob", "full_logprob"):
+            a, b = getattr(got, name), getattr(wanted, name)
+            near(a[wanted.token >= 0], b[wanted.token >= 0], 2e-6)
+    support = pyrlk.sample(case.mine(z), group=case.group, return_support=True, **options).support
+    assert support.rows() == pyrlk.sample(z, return_support=True, **options).support.rows()
 
 
 @check
