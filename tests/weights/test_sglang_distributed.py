@@ -126,7 +126,7 @@ def test_what_is_wrong_is_found_before_the_engine_is_touched():
 
 
 def test_pipeline_stages_are_refused():
-    with FakeSGLang(Fused(), pp_size=2) as fake, publisher(fake) as p:
+    with FakeSGLang(Fused(), Fused(), pp_size=2) as fake, publisher(fake) as p:
         with pytest.raises(weights.Unsupported, match="--pp-size 2"):
             p.update(Fused.checkpoint(0), version=1)
         assert fake.calls == []

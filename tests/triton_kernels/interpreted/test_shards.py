@@ -56,9 +56,9 @@ def test_combined_shards_match_float64_on_the_whole_row(small_tiles, kept, vocab
                 shard, here.tokens, pair, here.temperatures, here.vocab, *scores, out
             )
 
-        vocab._statistics(local, vocab.columns(at, first, width), part)
+        vocab.statistics_of(local, vocab.columns(at, first, width), part)
     scale, c = vocab._temperature(at, logits)
-    m, s, e, z_a = vocab._combine(parts.double(), c)
+    m, s, e, z_a = vocab.combine(parts.double(), c)
     counted = tokens != -100
     assert torch.equal(wrong_tokens(tokens, at.kept, vocab_size), ~counted)
     got = (z_a - m) / scale - s.log(), s.log() - e / s * 0.6931471805599453
