@@ -29,7 +29,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pyrlk.bench.sass import Sweep, find_sweeps, shortest_trip
-from pyrlk.triton_kernels import kept, logprob, pack, policy_loss, row, sample, schedule
+from pyrlk.triton_kernels import (
+    kept,
+    logprob,
+    pack,
+    policy_loss,
+    row,
+    sample,
+    schedule,
+    speculative,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,6 +55,9 @@ _INT64 = (
     "seed_ptr",
     "position_ptr",
     "masses_ptr",
+    "draft_masses_ptr",
+    "draft_tokens_ptr",
+    "residual_ptr",
     "table_ptr",
     "sums_ptr",
 )
@@ -55,6 +67,8 @@ _INT32 = (
     "allowed_ptr",
     "hits_ptr",
     "found_ptr",
+    "accepted_ptr",
+    "refused_ptr",
     "support_ids_ptr",
     "arrived_ptr",
     "owner_ptr",
@@ -64,11 +78,13 @@ _POINTERS = (
     | dict.fromkeys(_INT32, "*i32")
     | {"offsets_ptr": "*i64", "bits_ptr": "*i32", "status_ptr": "*u8"}
 )
-_LOGITS = ("logits_ptr", "grad_ptr", "x_ptr")
+_LOGITS = ("logits_ptr", "draft_logits_ptr", "grad_ptr", "x_ptr")
 _SCRATCH = ("spans_ptr", "list_ptr")  # some of a row's logits
 
 _FREE = {"allowed_ptr": None}
 _SEARCH = _FREE | {"BLOCK": sample.CHUNK}
+_VERIFY = _SEARCH | {"EXACT": False}
+_ONE_HOT = {"draft_logits_ptr": None, "draft_tiles_ptr": None, "draft_masses_ptr": None}
 _DENSE = {"ids_ptr": None, "offsets_ptr": None}
 _ROWS = {"SCHEDULE": "rows", "exchange_ptr": None, "arrived_ptr": None}
 _SPLIT = {"SCHEDULE": "split", "arrived_ptr": None}
@@ -114,6 +130,10 @@ VARIANTS: list[tuple] = [
     ("sample_fwd", sample.sample_fwd_kernel, _SEARCH | {"EXACT": False}),
     ("sample_fwd exact", sample.sample_fwd_kernel, _SEARCH | {"EXACT": True}),
     ("support_fwd", sample.support_fwd_kernel, _FREE | {"BLOCK": row.TILE // 2}),
+    ("verify_accept_fwd", speculative.verify_accept_fwd_kernel, _VERIFY),
+    ("verify_residual_fwd", speculative.verify_residual_fwd_kernel, _VERIFY),
+    ("verify_residual_fwd one-hot", speculative.verify_residual_fwd_kernel, _VERIFY | _ONE_HOT),
+    ("verify_draw_fwd", speculative.verify_draw_fwd_kernel, _VERIFY),
     ("pack_fwd", pack.pack_fwd_kernel, _PACK | {"COPY": True, "SUM": True}),
     ("pack_fwd sums", pack.pack_fwd_kernel, _PACK | {"COPY": False, "SUM": True}),
     ("pack_fwd copy", pack.pack_fwd_kernel, _PACK | {"COPY": True, "SUM": False}),
@@ -143,6 +163,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
     constants = {
         "ALIGN": vector,
         "GRAD_ALIGN": vector,
+        "DRAFT_ALIGN": vector,
         "TAIL": vector,
         "BLOCK": row.TILE,
         "KEPT": kept.TILE,
@@ -170,7 +191,9 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
             signature[name] = parameter.annotation_type or "fp32"
     capability = TARGETS[target].arch if target.startswith("sm_") else 0
     options = pack.LAUNCH if kernel is pack.pack_fwd_kernel else row.LAUNCH
-    if kernel is sample.sample_fwd_kernel:
+    if kernel is speculative.verify_accept_fwd_kernel:
+        options = speculative.ACCEPT_LAUNCH
+    elif kernel is sample.sample_fwd_kernel or kernel.__module__ == speculative.__name__:
         options = sample.SEARCH | row.registers(4, capability)
     elif kernel in (_LOSS, _SCORE) and _wide(constants):
         options = options | row.registers(ITEM[dtype], capability)

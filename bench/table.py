@@ -101,6 +101,12 @@ def _cells(row: dict) -> list[list[str]]:
         )
         name = f"{row['op']}, {row['ranks']} gloo ranks"
         return [[name, shape, dtype, ms["gather"], against, "bit-exact"]]
+    if "verify" in ms:
+        ratio = f"{row['verify_over_copy']:.2f}× a warm copy of the target; torch takes "
+        return [
+            [row["op"], shape, dtype, ms["verify"], ratio + f"{row['torch_over_verify']:.0f}×",
+             f"{row['logprob_error']:.1e}"],
+        ]  # fmt: skip
     ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
     return [
         [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",

@@ -113,7 +113,6 @@ def sample(
     if z.shape[-1] >= MAX_VOCAB:
         raise ValueError(f"logits must have V < {MAX_VOCAB}, got {z.shape[-1]}")
     lead, vocab = z.shape[:-1], z.shape[-1]
-    count = math.prod(lead)
     parameters = row_parameters(z, temperature, top_k, top_p, min_p, seed, position)
     joint = _check.choice("order", order, _ORDERS) == "joint"
     keep_ties = _check.choice("ties", ties, _TIES) == "keep"
@@ -123,7 +122,7 @@ def sample(
         if support_capacity is not None:
             raise ValueError("support_capacity must be None with group: the size is exact")
         if z.is_cpu:
-            _check_rows(parameters[0], *parameters[2:4])
+            check_rows(parameters[0], *parameters[2:4])
         words = _allowed_words(allowed, z, None)
         rows, how = Parameters(*parameters), How(joint, keep_ties, return_support)
         drawn = _sharded.sample(z, rows, how, words, shard)
@@ -132,13 +131,11 @@ def sample(
     words = _allowed_words(allowed, z, vocab)
     arguments = (z, *parameters, words, joint, keep_ties, exact)
     if not _check.flag("return_support", return_support):
-        _capacity(support_capacity, 0, z)
+        room(support_capacity, z, top_k, keep_ties)
         token, logprob, full, kept, status = _sample(*arguments)
         support = None
     else:
-        widest = top_k if isinstance(top_k, int) and 0 < top_k < vocab else 0
-        capacity = _capacity(support_capacity, widest, z)
-        overflows = 0 <= capacity < count * (widest if widest and not keep_ties else vocab)
+        capacity, overflows = room(support_capacity, z, top_k, keep_ties)
         out = _sample_support(*arguments, capacity, overflows)
         token, logprob, full, kept, status, ids, offsets, bits = out
         support = Support(ids, offsets, bits if overflows else None)
@@ -173,15 +170,16 @@ def replay(logits: Tensor, **parameters) -> Sample:
     return sample(logits, **parameters)
 
 
-def _capacity(capacity, widest: int, z: Tensor) -> int:
-    """Size of the id buffer; −1 is the exact size, which only the CPU knows beforehand."""
-    if capacity is not None:
-        if _check.integer("support_capacity", capacity) < 0:
-            raise ValueError(f"support_capacity must be ≥ 0, got {capacity}")
-        return capacity
-    if z.device.type == "cpu":
-        return -1
-    return math.prod(z.shape[:-1]) * (widest or 4096)
+def room(capacity, z: Tensor, top_k, keep_ties: bool = False) -> tuple[int, bool]:
+    """(size of the id buffer, whether it may overflow); −1 is the exact size, which only the CPU
+    knows beforehand."""
+    count, vocab = math.prod(z.shape[:-1]), z.shape[-1]
+    widest = top_k if isinstance(top_k, int) and 0 < top_k < vocab else 0
+    if capacity is None:
+        capacity = -1 if z.device.type == "cpu" else count * (widest or 4096)
+    elif _check.integer("support_capacity", capacity) < 0:
+        raise ValueError(f"support_capacity must be ≥ 0, got {capacity}")
+    return capacity, 0 <= capacity < count * (widest if widest and not keep_ties else vocab)
 
 
 def _allowed_words(allowed, z: Tensor, vocab: int | None) -> Tensor | None:
@@ -255,7 +253,7 @@ def _outputs(logits: Tensor):
     )
 
 
-def _check_rows(tau, p, least) -> None:
+def check_rows(tau, p, least) -> None:
     """What the CPU kernel checks in a row."""
     bad = ~((tau >= 0) & (tau < float("inf")))
     for x in (p, least):
@@ -307,7 +305,7 @@ def _run_cuda(logits, *arguments):
 
     if _check.reads_values(logits):
         tau, _, p, least, *_ = arguments
-        _check_rows(tau, p, least)
+        check_rows(tau, p, least)
     out = _outputs(logits)
     return out, kernels.sample_fwd(logits, *arguments, *out)
 
@@ -340,7 +338,7 @@ def _sample(
     )
 
 
-def _empty_bits(logits: Tensor, overflows: bool) -> Tensor:
+def empty_bits(logits: Tensor, overflows: bool) -> Tensor:
     """A row of bits for each row that may overflow; no rows where none can."""
     rows = math.prod(logits.shape[:-1]) if overflows else 0
     return logits.new_empty((rows, -(-logits.shape[-1] // 32)), dtype=torch.int32)
@@ -356,7 +354,7 @@ def _sample_support_fake(
         *_outputs(logits),
         logits.new_empty(size, dtype=torch.int32),
         logits.new_empty(count + 1, dtype=torch.int64),
-        _empty_bits(logits, overflows),
+        empty_bits(logits, overflows),
     )
 
 
@@ -371,7 +369,7 @@ def _sample_support_cuda(
     )
     ids = logits.new_empty(capacity, dtype=torch.int32)
     offsets = logits.new_empty(math.prod(logits.shape[:-1]) + 1, dtype=torch.int64)
-    bits = _empty_bits(logits, overflows)
+    bits = empty_bits(logits, overflows)
     kernels.support_fwd(
         logits, allowed, workspace, out[3], out[4], ids, offsets, bits if overflows else None
     )
@@ -407,7 +405,7 @@ def _sample_support(
     total = kept.total()
     ids = _warm.empty_ids(total if capacity < 0 else min(capacity, total))
     offsets = logits.new_empty(count + 1, dtype=torch.int64)
-    bits = _empty_bits(logits, overflows)
+    bits = empty_bits(logits, overflows)
     kept.write(
         ids.data_ptr(), ids.numel(), offsets.data_ptr(), bits.data_ptr(), bits.shape[1],
         out[4].data_ptr(), _op.threads(),

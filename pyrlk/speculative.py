@@ -77,8 +77,10 @@ def verify_draft(
     ------
     TypeError, ValueError
         Naming the argument; on CPU also for a draft token outside [0, V), with its index.
-    NotImplementedError
-        On CUDA.
+
+    Notes
+    -----
+    On CUDA the masses of whole rows are float32 sums, as in `sample` without `portable`.
     """
     z = _check.logits(target_logits, "target_logits").detach()
     if z.dim() != 3 or z.shape[1] < 1:
@@ -96,9 +98,12 @@ def verify_draft(
         _check.shaped("draft_logits", draft, (batch, depth, vocab))
     parameters = _sampling.row_parameters(z[:, 0], temperature, top_k, top_p, min_p, seed, position)
     wanted = _check.flag("return_support", return_support)
-    out = _verify_draft(z, tokens.to(torch.int64).contiguous(), draft, *parameters, wanted)
-    token, accepted, logprob, full_logprob, status, ids, offsets = out
-    support = Support(ids, offsets) if wanted else None
+    capacity, overflows = _sampling.room(None, z, top_k) if wanted else (0, False)
+    out = _verify_draft(
+        z, tokens.to(torch.int64).contiguous(), draft, *parameters, wanted, capacity, overflows
+    )
+    token, accepted, logprob, full_logprob, status, ids, offsets, bits = out
+    support = Support(ids, offsets, bits if overflows else None) if wanted else None
     return Verified(token, accepted, logprob, full_logprob, status, support)
 
 
@@ -114,18 +119,52 @@ def _outputs(target: Tensor):
     )
 
 
-def _fake(target, tokens, draft, tau, k, p, least, seeds, positions, wanted):
+def _fake(
+    target, tokens, draft, tau, k, p, least, seeds, positions, wanted, capacity, overflows
+):  # fmt: skip
     size = torch.library.get_ctx().new_dynamic_size()
     count = target.shape[0] * target.shape[1]
     ids, offsets = (
         target.new_empty(size, dtype=torch.int32),
         target.new_empty(count + 1 if wanted else 0, dtype=torch.int64),
     )
-    return *_outputs(target), ids, offsets
+    return *_outputs(target), ids, offsets, _sampling.empty_bits(target, overflows)
 
 
-def _cuda(target, tokens, draft, tau, k, p, least, seeds, positions, wanted):
-    raise NotImplementedError("verify_draft is not built on CUDA yet")
+def _cuda(
+    target, tokens, draft, tau, k, p, least, seeds, positions, wanted, capacity, overflows
+):  # fmt: skip
+    from .triton_kernels import sample as sampler
+    from .triton_kernels import speculative as kernels
+
+    if _check.reads_values(target):
+        _check_tokens(tokens, target.shape[-1])
+        _sampling.check_rows(tau, p, least)
+    out = token, accepted, logprob, full_logprob, status = _outputs(target)
+    depths = target.shape[1]
+    # contiguous: of one draft the expanded row is a view of one number
+    of_rows = [
+        x[:, None].expand(-1, depths).contiguous().view(-1) for x in (tau, k, p, least, seeds)
+    ]
+    at = positions[:, None] + torch.arange(depths, device=target.device)
+    kept = torch.empty_like(token, dtype=torch.int32)
+    workspace = kernels.verify_fwd(
+        target, tokens, draft, *of_rows, at.view(-1), False, token, accepted, logprob, full_logprob,
+        kept, status,
+    )  # fmt: skip
+    ids = target.new_empty(capacity, dtype=torch.int32)
+    offsets = target.new_empty(token.numel() + 1 if wanted else 0, dtype=torch.int64)
+    bits = _sampling.empty_bits(target, overflows)
+    if wanted:
+        room = bits if overflows else None
+        sampler.support_fwd(target, None, workspace, kept, status, ids, offsets, room)
+    return *out, ids, offsets, bits
+
+
+def _check_tokens(tokens: Tensor, vocab: int) -> None:
+    outside = ((tokens < 0) | (tokens >= vocab)).reshape(-1)
+    if outside.any():
+        _check.bad_token(int(outside.to(torch.int8).argmax()), tokens, vocab, "draft_")
 
 
 @_op.op("verify_draft", fake=_fake, cuda=_cuda)
@@ -140,11 +179,14 @@ def _verify_draft(
     seed: Tensor,
     position: Tensor,
     support: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five tensors of Verified, and the ids and offsets of its support (empty without)."""
-    outside = ((tokens < 0) | (tokens >= target.shape[-1])).reshape(-1)
-    if outside.any():
-        _check.bad_token(int(outside.to(torch.int8).argmax()), tokens, target.shape[-1], "draft_")
+    capacity: int,
+    overflows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five tensors of Verified, and ids, offsets and bits of its support (empty without).
+
+    capacity, overflows: as in `sample_support`; on CPU there is always room.
+    """
+    _check_tokens(tokens, target.shape[-1])
     out = token, accepted, logprob, full_logprob, status = _outputs(target)
     kept = _C.KeptSets(token.numel() if support else 0)
     bad = _C.verify_draft(
@@ -174,4 +216,4 @@ def _verify_draft(
         kept.write(
             ids.data_ptr(), ids.numel(), offsets.data_ptr(), 0, 0, status.data_ptr(), _op.threads()
         )
-    return *out, ids, offsets
+    return *out, ids, offsets, _sampling.empty_bits(target, False)

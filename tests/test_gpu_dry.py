@@ -87,11 +87,13 @@ sys.path.insert(0, "tests/gpu")
 import dry_device
 dry_device.install()
 from pyrlk import bench
-from pyrlk.bench import linear, policy_loss, sample, scaling, schedules
+from pyrlk.bench import linear, policy_loss, sample, scaling, schedules, verify
 policy_loss.QUICK = 4, 300
 linear.QUICK = 6, 16, 300
 sample.QUICK = 64
 sample.ROWS["cuda"] = 1, 2
+verify.QUICK = 64
+verify.ROWS["cuda"] = 1, 2
 scaling.QUICK = 64, 8, 2
 scaling.NEW_LENGTHS = range(4, 1, -1)
 schedules.TOKENS, schedules.VOCABULARIES = (1, 3), (300,)
@@ -102,7 +104,9 @@ sys.exit(bench.main(["--device", "cuda", "--quick", "--write", sys.argv[1], *sys
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("op", ["policy_loss", "linear", "sample", "scaling", "schedules"])
+@pytest.mark.parametrize(
+    "op", ["policy_loss", "linear", "sample", "verify", "scaling", "schedules"]
+)
 def test_benches_run_on_a_device_that_is_not_there(tmp_path, op):
     code, output = run(
         "-c", DRY_BENCH, tmp_path, "--op", op,

@@ -94,6 +94,8 @@ def op_arguments():
             z[:, 1:],
             *(x[:B] for x in draw[1:7]),
             True,
+            -1,
+            False,
         ),
     }
 

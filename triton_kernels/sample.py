@@ -56,9 +56,11 @@ from .row import (
 )
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
+# Independent uses of one (seed, position): the third word of Philox's counter.
+DRAW, ACCEPT, RESIDUAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Bits of a float32 key that are the same for every logit of a dtype; a search need not visit them.
-_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 SPAN = 64  # columns that share a maximum: a list of candidates is found at 1/64 of a read
 CHUNK = 512  # entries of a step over a list, or over a row that is searched itself
@@ -70,35 +72,50 @@ SEARCH = _row.LAUNCH | {"num_warps": 4}
 _PROGRAMS = 2048  # that a launch over tiles aims at: twice what the largest devices hold
 
 # Arguments that change from call to call: lengths, and slices of per-row tensors.
-_LENGTHS = ["inner", "stride_outer", "stride_inner", "allowed_stride", "vocab_size"]
+LENGTHS = ["inner", "stride_outer", "stride_inner", "allowed_stride", "vocab_size"]
 _FILTERS = ["allowed_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 _OVER_TILES = {
-    "do_not_specialize": [*_LENGTHS, "tiles_per_program"],
+    "do_not_specialize": [*LENGTHS, "tiles_per_program"],
     "do_not_specialize_on_alignment": _FILTERS,
 }
 
 
-class Workspace(NamedTuple):
-    """What the kernels of one call hand on. T tiles, G spans (of whole tiles), K = CAPACITY."""
+class Swept(NamedTuple):
+    """What the reads of whole rows leave. T tiles, G spans (of whole tiles)."""
 
     # float32 [B, T, 4]: m, s, finite logits (of rows that no filter cuts), NaNs. s of a tile that
     # holds +inf is their number.
     tiles: torch.Tensor
     spans: torch.Tensor  # [B, G] in the dtype of the logits
     masses: torch.Tensor  # int64 [B, T]
+
+
+class Workspace(NamedTuple):
+    """What the selection leaves. K = CAPACITY. The masses are now those of the kept set."""
+
+    swept: Swept
     hits: torch.Tensor  # int32 [B, G]
     logits: torch.Tensor  # [B, K]: the list
     ids: torch.Tensor  # int32 [B, K]
     found: torch.Tensor  # int32 [B, 3]: cut, last, length of the list or −1
+    kept_sums: torch.Tensor  # float32 [B]: s over the kept set
 
 
 @triton.jit
 def parameters(row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr):
-    """(valid, greedy, τ, k, p, min_p) of a row; τ = 0 is top-k of 1 at any temperature."""
-    tau = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row).to(tl.int64)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
+    """(valid, greedy, τ, k, p, min_p) of a row; τ = 0 is top-k of 1 at any temperature.
+
+    Without pointers the row is as it is: τ = 1, and nothing cuts.
+    """
+    tau = tl.full([], 1.0, tl.float32)
+    top_k = tl.full([], 0, tl.int64)
+    top_p = tl.full([], 1.0, tl.float32)
+    min_p = tl.full([], 0.0, tl.float32)
+    if temperature_ptr is not None:
+        tau = tl.load(temperature_ptr + row)
+        top_k = tl.load(top_k_ptr + row).to(tl.int64)
+        top_p = tl.load(top_p_ptr + row)
+        min_p = tl.load(min_p_ptr + row)
     valid = (tau >= 0.0) & (tau < float("inf"))
     valid = valid & (top_p >= 0.0) & (top_p <= 1.0) & (min_p >= 0.0) & (min_p <= 1.0)
     greedy = tau == 0.0
@@ -145,6 +162,22 @@ def combined(tiles_ptr, count, c):
             )
         m, s, e = combine(m, s, e, group_m, group_s, group_e, c, False)
     return s
+
+
+@triton.jit
+def whole_sum(tiles_ptr, count, tile_s, top_is_inf, c):
+    """s of a row; of one with +inf, their number."""
+    s = tl.sum(tile_s, 0)
+    if top_is_inf == 0:
+        s = combined(tiles_ptr, count, c)
+    return s
+
+
+@triton.jit
+def load_masses(masses_ptr, length, TILE: tl.constexpr, MAX_TILES: tl.constexpr):
+    """The masses of the tiles of `length` entries, 0 beyond."""
+    tile = tl.arange(0, MAX_TILES)
+    return tl.load(masses_ptr + tile, mask=tile * TILE < length, other=0)
 
 
 @triton.jit
@@ -288,13 +321,13 @@ def nucleus_key(m, tau, top_p, vocab_size, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def uniform_bits(seed, position):
-    """64 random bits of stream 0 at (seed, position)."""
+def uniform_bits(seed, position, stream: tl.constexpr):
+    """64 random bits of a stream at (seed, position)."""
     position = position.to(tl.uint64)
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = (position >> 32).to(tl.uint32)
     zero = low ^ low
-    a, b, _, _ = tl.philox(seed, low, high, zero, zero)
+    a, b, _, _ = tl.philox(seed, low, high, zero + stream, zero)
     return (a.to(tl.uint64) << 32) | b.to(tl.uint64)
 
 
@@ -324,18 +357,23 @@ def kept_statistics(
 
 
 @triton.jit
+def tile_of(masses, bits, TILE: tl.constexpr):
+    """(its first entry, the mass before it, floor(bits·Z / 2^64)) of the tile that a draw is in."""
+    target = tl.umulhi(bits, tl.sum(masses, 0).to(tl.uint64)).to(tl.int64)
+    before = tl.cumsum(masses, 0) <= target
+    running = tl.sum(tl.where(before, masses, 0), 0)
+    return tl.sum(before.to(tl.int32), 0) * TILE, running, target
+
+
+@triton.jit
 def draw(
     source, listed, length, m, c, cut, last, masses_ptr, bits, TILE: tl.constexpr,
     MAX_TILES: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """First id of the kept set whose running mass exceeds floor(bits·Z_kept / 2^64)."""
     vocab_size = source[2]
-    tile = tl.arange(0, MAX_TILES)
-    masses = tl.load(masses_ptr + tile, mask=tile * TILE < length, other=0)
-    target = tl.umulhi(bits, tl.sum(masses, 0).to(tl.uint64)).to(tl.int64)
-    before = tl.cumsum(masses, 0) <= target
-    running = tl.sum(tl.where(before, masses, 0), 0)
-    begin = tl.sum(before.to(tl.int32), 0) * TILE
+    masses = load_masses(masses_ptr, length, TILE, MAX_TILES)
+    begin, running, target = tile_of(masses, bits, TILE)
     token = vocab_size
     heavy = tl.full([], -1, tl.int32)
     for start in range(begin, tl.minimum(begin + TILE, length), BLOCK):
@@ -351,7 +389,7 @@ def draw(
 
 
 @triton.jit(
-    do_not_specialize=_LENGTHS,
+    do_not_specialize=LENGTHS,
     do_not_specialize_on_alignment=[
         *_FILTERS,
         "seed_ptr",
@@ -379,6 +417,7 @@ def sample_fwd_kernel(
     list_ptr,
     ids_ptr,
     found_ptr,
+    kept_sums_ptr,
     token_ptr,
     logprob_ptr,
     full_logprob_ptr,
@@ -408,6 +447,7 @@ def sample_fwd_kernel(
     logprob = tl.full([], float("nan"), tl.float64)
     full_logprob = tl.full([], float("nan"), tl.float64)
     kept = tl.full([], 0, tl.int32)
+    kept_s = tl.full([], float("nan"), tl.float32)
     status = tl.full([], 8, tl.int32)
     lowest = lowest_key(SHIFT)
     cut = lowest
@@ -436,10 +476,7 @@ def sample_fwd_kernel(
             source = (z_ptr, allowed_ptr, vocab_size, list_ptr, ids_ptr, top_is_inf)
             c = scale_of(tau)
             mass_c = mass_scale_of(tau)
-            if top_is_inf:
-                s = tl.sum(tile_s, 0)
-            else:
-                s = combined(tiles_ptr, tiles, c)
+            s = whole_sum(tiles_ptr, tiles, tile_s, top_is_inf, c)
 
             if EXACT == 0:
                 # The masses of tiles, which a draw from the whole row goes by.
@@ -483,9 +520,7 @@ def sample_fwd_kernel(
                             source, listed, length, m, mass_c, cut, last, BLOCK, SHIFT
                         )
                     elif EXACT:
-                        tile = tl.arange(0, MAX_TILES)
-                        masses = tl.load(masses_ptr + tile, mask=tile < tiles, other=0)
-                        pool = tl.sum(masses, 0)
+                        pool = tl.sum(load_masses(masses_ptr, vocab_size, TILE, MAX_TILES), 0)
                     else:
                         pool = (s.to(tl.float64) * 17592186044416.0).to(tl.int64)
                     need = needed_mass(top_p, pool)
@@ -506,7 +541,7 @@ def sample_fwd_kernel(
                 kept_s = tl.where(kept == vocab_size, s, kept_s)
             # Other warps read the masses that one has written.
             tl.debug_barrier()
-            bits = uniform_bits(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+            bits = uniform_bits(tl.load(seed_ptr + row), tl.load(position_ptr + row), DRAW)
             token = draw(
                 source, listed, length, m, mass_c, cut, last, masses_ptr, bits, TILE, MAX_TILES,
                 BLOCK, SHIFT,
@@ -522,6 +557,62 @@ def sample_fwd_kernel(
     tl.store(found_ptr + row * 3, cut)
     tl.store(found_ptr + row * 3 + 1, last)
     tl.store(found_ptr + row * 3 + 2, tl.where(listed, length, -1))
+    tl.store(kept_sums_ptr + row, kept_s)
+
+
+def sweep_fwd(logits, allowed, filters, joint, exact) -> Swept:
+    """One read of the rows, two where `exact`. filters: temperature, top_k, top_p, min_p; or Nones,
+    and the rows are as they are."""
+    r = _row.rows(logits)
+    vocab = logits.shape[-1]
+    tiles = triton.cdiv(vocab, _row.TILE)
+    if tiles > MAX_TILES:
+        raise ValueError(f"logits must have V ≤ {MAX_TILES * _row.TILE}, got {vocab}")
+    swept = Swept(
+        logits.new_empty((r.count, tiles, 4), dtype=torch.float32),
+        logits.new_empty((r.count, tiles * (_row.TILE // SPAN))),
+        logits.new_empty((r.count, tiles), dtype=torch.int64),
+    )
+    if r.count == 0:
+        return swept
+    strides = r.inner, r.stride_outer, r.stride_inner, 0 if allowed is None else allowed.stride(0)
+    per_program = triton.cdiv(tiles, programs_of_row(r.count, tiles))
+    grid = (r.count, triton.cdiv(tiles, per_program))
+    sample_tiles_fwd_kernel[grid](
+        logits,
+        allowed,
+        *filters,
+        swept.tiles,
+        swept.spans,
+        *strides,
+        vocab,
+        per_program,
+        ALIGN=r.align,
+        BLOCK=_row.TILE,
+        SPAN=SPAN,
+        **_row.LAUNCH,
+    )
+    if exact:
+        sample_masses_fwd_kernel[grid](
+            logits,
+            allowed,
+            *filters,
+            swept.tiles,
+            swept.masses,
+            *strides,
+            vocab,
+            per_program,
+            JOINT=bool(joint),
+            ALIGN=r.align,
+            BLOCK=_row.TILE,
+            MAX_TILES=MAX_TILES,
+            **_row.LAUNCH,
+        )
+    return swept
+
+
+def programs_of_row(rows: int, tiles: int) -> int:
+    return min(tiles, triton.cdiv(_PROGRAMS, rows))
 
 
 def sample_fwd(
@@ -549,90 +640,46 @@ def sample_fwd(
     Returns what `support_fwd` reads.
     """
     r = _row.rows(logits)
-    vocab = logits.shape[-1]
-    tiles = triton.cdiv(vocab, _row.TILE)
-    spans = tiles * (_row.TILE // SPAN)
-    if tiles > MAX_TILES:
-        raise ValueError(f"logits must have V ≤ {MAX_TILES * _row.TILE}, got {vocab}")
-    float32, int32 = torch.float32, torch.int32
+    filters = temperature, top_k, top_p, min_p
+    swept = sweep_fwd(logits, allowed, filters, joint, exact)
     w = Workspace(
-        tiles=logits.new_empty((r.count, tiles, 4), dtype=float32),
-        spans=logits.new_empty((r.count, spans)),
-        masses=logits.new_empty((r.count, tiles), dtype=torch.int64),
-        hits=logits.new_empty((r.count, spans), dtype=int32),
+        swept,
+        hits=torch.empty_like(swept.spans, dtype=torch.int32),
         logits=logits.new_empty((r.count, CAPACITY)),
-        ids=logits.new_empty((r.count, CAPACITY), dtype=int32),
-        found=logits.new_empty((r.count, 3), dtype=int32),
+        ids=logits.new_empty((r.count, CAPACITY), dtype=torch.int32),
+        found=logits.new_empty((r.count, 3), dtype=torch.int32),
+        kept_sums=logits.new_empty(r.count, dtype=torch.float32),
     )
     if r.count == 0:
         return w
-    strides = r.inner, r.stride_outer, r.stride_inner, 0 if allowed is None else allowed.stride(0)
-    programs = min(tiles, triton.cdiv(_PROGRAMS, r.count))
-    per_program = triton.cdiv(tiles, programs)
-    grid = (r.count, triton.cdiv(tiles, per_program))
-    sample_tiles_fwd_kernel[grid](
-        logits,
-        allowed,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        w.tiles,
-        w.spans,
-        *strides,
-        vocab,
-        per_program,
-        ALIGN=r.align,
-        BLOCK=_row.TILE,
-        SPAN=SPAN,
-        **_row.LAUNCH,
-    )
-    if exact:
-        sample_masses_fwd_kernel[grid](
-            logits,
-            allowed,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            w.tiles,
-            w.masses,
-            *strides,
-            vocab,
-            per_program,
-            JOINT=bool(joint),
-            ALIGN=r.align,
-            BLOCK=_row.TILE,
-            MAX_TILES=MAX_TILES,
-            **_row.LAUNCH,
-        )
     sample_fwd_kernel[(r.count,)](
         logits,
         allowed,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
+        *filters,
         seed,
         position,
-        w.tiles,
-        w.spans,
-        w.masses,
+        swept.tiles,
+        swept.spans,
+        swept.masses,
         w.hits,
         w.logits,
         w.ids,
         w.found,
+        w.kept_sums,
         token,
         logprob,
         full_logprob,
         kept,
         status,
-        *strides,
-        vocab,
+        r.inner,
+        r.stride_outer,
+        r.stride_inner,
+        0 if allowed is None else allowed.stride(0),
+        logits.shape[-1],
         JOINT=bool(joint),
         KEEP_TIES=bool(keep_ties),
         EXACT=bool(exact),
-        SHIFT=_SHIFT[logits.dtype],
+        SHIFT=SHIFT[logits.dtype],
         ALIGN=r.align,
         TILE=_row.TILE,
         MAX_TILES=MAX_TILES,
@@ -645,7 +692,7 @@ def sample_fwd(
 
 
 @triton.jit(
-    do_not_specialize=[*_LENGTHS, "capacity"],
+    do_not_specialize=[*LENGTHS, "capacity"],
     do_not_specialize_on_alignment=[
         "allowed_ptr",
         "kept_ptr",
@@ -750,7 +797,7 @@ def support_fwd(logits, allowed, workspace, kept, status, ids, offsets, bits=Non
         0 if allowed is None else allowed.stride(0),
         ids.numel(),
         logits.shape[-1],
-        SHIFT=_SHIFT[logits.dtype],
+        SHIFT=SHIFT[logits.dtype],
         ALIGN=r.align,
         CAPACITY=CAPACITY,
         BLOCK=_row.TILE // 2,

@@ -484,11 +484,11 @@ inline KeptRow keep_row(const void* logits, DType dtype, int64_t n, const uint32
   return row;
 }
 
-// Position in s.ids of the first kept id whose running mass exceeds u·Z/2^64.
-inline int64_t draw(uint64_t u, const Scratch& s) {
-  uint64_t left = high_product(u, std::accumulate(s.masses.begin(), s.masses.end(), uint64_t(0)));
+// The first position whose running mass exceeds u·(sum of all)/2^64.
+inline int64_t draw(uint64_t u, const Buffer<uint64_t>& masses) {
+  uint64_t left = high_product(u, std::accumulate(masses.begin(), masses.end(), uint64_t(0)));
   int64_t i = 0;
-  while (left >= s.masses[i]) left -= s.masses[i++];
+  while (left >= masses[i]) left -= masses[i++];
   return i;
 }
 

@@ -18,7 +18,7 @@ int64_t sample(const SampleArgs& a, int threads) {
       int64_t token = -1;
       LogProbs logprob{kNaN, kNaN};
       if (row.drawable()) {
-        token = s.ids[draw(uniform_bits(a.seed[b], a.position[b], kDraw), s)];
+        token = s.ids[draw(uniform_bits(a.seed[b], a.position[b], kDraw), s.masses)];
         logprob = log_probs(row, int32_t(token), z.vocab, s);
       }
       a.token[b] = token;

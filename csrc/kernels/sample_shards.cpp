@@ -160,7 +160,7 @@ void shard_select(const ShardArgs& a, const SelectArgs& all, int threads) {
       s.masses.resize(kept + kSlack);
       row_kernels().masses(s.kept_logits.data(), kept, exponent_scale(tau), m, s.masses.data());
       prune(f, p, kept, [&] { return all.row_mass[b]; }, s);
-      const int64_t at = draw(uniform_bits(a.seed[b], a.position[b], kDraw), s);
+      const int64_t at = draw(uniform_bits(a.seed[b], a.position[b], kDraw), s.masses);
       all.token[b] = s.ids[at];
       all.kept[b] = int32_t(s.ids.size());
       if (greedy) {

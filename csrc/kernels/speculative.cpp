@@ -4,8 +4,9 @@
 //   residual  at the first rejection, a draw from max(p − q, 0) renormalised
 //   bonus     after n acceptances, a draw from p
 //
-// With p = w/Z and q = v/Y in the integer masses of kept_row.h both are exact: u·v·Z < 2^64·w·Y,
-// and residual masses max(w·Y − v·Z, 0) < 2^107. A draft without logits is one token of mass 1.
+// With p = w/Z and q = v/Y in the integer masses of kept_row.h the first is exact: u·v·Z < 2^64·w·Y.
+// Residual masses are max(w·Y − v·Z, 0) in units of 2^shift, the least that leave their sum below
+// 2^62. A draft without logits is one token of mass 1.
 #include "kept_row.h"
 
 namespace pyrlk {
@@ -37,19 +38,19 @@ void draft_masses(const Rows& z, int64_t t, const Buffer<int32_t>& ids, int part
   ops.masses(s.kept_logits.data(), int64_t(ids.size()), row.c, row.m, out.masses.data());
 }
 
+int bit_length(uint64_t x) { return 64 - __builtin_clzll(x); }
+
 // Position in s.ids of a draw from the residual; from the target where nothing is left of it.
-int64_t draw_residual(uint64_t Z, const Draft& draft, uint64_t u, const Scratch& s) {
-  const auto residual = [&](size_t i) {
+int64_t draw_residual(uint64_t Z, const Draft& draft, uint64_t u, Scratch& s) {
+  const int shift = std::max(0, bit_length(Z) + bit_length(draft.total) - 62);
+  s.digit_masses.resize(s.masses.size());
+  uint64_t total = 0;
+  for (size_t i = 0; i < s.masses.size(); ++i) {
     const Wide target = Wide(s.masses[i]) * draft.total, proposed = Wide(draft.masses[i]) * Z;
-    return target > proposed ? target - proposed : Wide(0);
-  };
-  Wide total = 0;
-  for (size_t i = 0; i < s.masses.size(); ++i) total += residual(i);
-  if (total == 0) return draw(u, s);
-  Wide left = high_product(u, total);
-  size_t i = 0;
-  for (Wide r; left >= (r = residual(i)); ++i) left -= r;
-  return int64_t(i);
+    s.digit_masses[i] = target > proposed ? uint64_t((target - proposed) >> shift) : 0;
+    total += s.digit_masses[i];
+  }
+  return total > 0 ? draw(u, s.digit_masses) : draw(u, s.masses);
 }
 
 }  // namespace
@@ -81,7 +82,7 @@ int64_t verify_draft(const VerifyArgs& a, int threads) {
         bool known = row.drawable();
         int64_t at = 0;
         if (known && i == depth) {
-          at = draw(uniform(kDraw), s);
+          at = draw(uniform(kDraw), s.masses);
           going = false;
         } else if (known) {
           const int64_t kept = int64_t(s.ids.size()), x = a.draft_tokens[b * depth + i];

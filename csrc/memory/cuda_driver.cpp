@@ -44,6 +44,7 @@ struct Driver {
   Result (*copy_dtoh)(void*, Address, std::size_t);
   Result (*copy_htod)(Address, const void*, std::size_t);
 
+  std::string path;
   std::string problem;  // empty: loaded and initialised
   std::mutex mutex;
   std::map<int, Context> contexts;
@@ -69,13 +70,16 @@ std::string describe(const Driver& driver, Result result) {
          (text != nullptr ? std::string(" (") + text + ")" : "");
 }
 
-void load(Driver& d) {
+std::string library_path() {
   const char* path = getenv("PYRLK_LIBCUDA");
-  if (path == nullptr || *path == '\0') path = "libcuda.so.1";
-  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  return path != nullptr && *path != '\0' ? path : "libcuda.so.1";
+}
+
+void load(Driver& d) {
+  void* library = dlopen(d.path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     const char* why = dlerror();
-    d.problem = std::string("no CUDA driver: ") + (why != nullptr ? why : path);
+    d.problem = std::string("no CUDA driver: ") + (why != nullptr ? why : d.path);
     return;
   }
   const bool complete =
@@ -97,19 +101,25 @@ void load(Driver& d) {
       find(library, d.copy_dtoh, {"cuMemcpyDtoH_v2"}) &&
       find(library, d.copy_htod, {"cuMemcpyHtoD_v2"});
   if (!complete) {
-    d.problem = std::string(path) + " lacks a function of the CUDA driver API: update the driver";
+    d.problem = d.path + " lacks a function of the CUDA driver API: update the driver";
     return;
   }
   if (const Result result = d.init(0)) d.problem = "cuInit: " + describe(d, result);
 }
 
-// Kept to the end of the process: a context must outlive every pointer into it.
+// Kept to the end of the process: a context must outlive every pointer into it. One that was not
+// there is looked for again where PYRLK_LIBCUDA has changed: a fork may name another.
 Driver& driver_or_problem() {
-  static Driver* driver = [] {
+  static std::mutex mutex;
+  static Driver* driver = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::string path = library_path();
+  if (driver == nullptr || (!driver->problem.empty() && driver->path != path)) {
     auto* d = new Driver{};
+    d->path = path;
     load(*d);
-    return d;
-  }();
+    driver = d;
+  }
   return *driver;
 }
 

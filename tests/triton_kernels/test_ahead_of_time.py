@@ -44,6 +44,9 @@ SWEEPS = {
 # Of flat rows sample_fwd takes 8 bytes at a time; support_fwd reads half tiles, for ids or bits.
 TILES_READ = {"sample_tiles_fwd": 1, "sample_tiles_fwd allowed": 1, "sample_masses_fwd": 1}
 TILES_READ |= {"sample_fwd": 0, "sample_fwd exact": 0, "support_fwd": 1}
+# A verification takes a row 8 bytes at a time too, and of it only one in n + 1.
+TILES_READ |= {"verify_accept_fwd": 0, "verify_residual_fwd": 0, "verify_draw_fwd": 0}
+TILES_READ |= {"verify_residual_fwd one-hot": 0}
 TILES_READ |= {"token_logprobs_bwd kept": 0, "policy_loss_fwd all kept": 4}
 TILES_READ |= {"pack_fwd": 1, "pack_fwd sums": 1, "pack_fwd copy": 1}
 TILES_READ |= {name: 4 * sum(s[0] for s in sweeps) for name, sweeps in SWEEPS.items()}

@@ -13,7 +13,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pyrlk import objective
-from pyrlk.triton_kernels import logprob, policy_loss, sample, schedule
+from pyrlk.triton_kernels import logprob, policy_loss, sample, schedule, speculative
 
 VOCAB = 4096 + 1
 
@@ -46,6 +46,9 @@ def compiled(monkeypatch):
         sample.sample_tiles_fwd_kernel,
         sample.sample_fwd_kernel,
         sample.support_fwd_kernel,
+        speculative.verify_accept_fwd_kernel,
+        speculative.verify_residual_fwd_kernel,
+        speculative.verify_draw_fwd_kernel,
     ]
     for kernel in kernels:
         monkeypatch.setattr(
@@ -101,11 +104,20 @@ def draw(rows, flat, ids):
     )  # fmt: skip
     offsets = torch.empty(rows + 1, dtype=torch.int64)
     sample.support_fwd(logits, None, workspace, kept, status, ids, offsets)
+    verify(logits, floats, integers, kept, status)
+
+
+def verify(logits, floats, integers, kept, status):
+    """Drafts of no more tokens than there are rows: one draft, whose depth changes."""
+    speculative.verify_fwd(
+        logits[None], integers[1:], logits[None, 1:], floats, integers, floats, floats, integers,
+        integers, False, integers, kept[:1], floats, floats, kept, status,
+    )  # fmt: skip
 
 
 def test_lengths_and_hyper_parameters_compile_nothing_twice(compiled):
     # 1 and multiples of 16 are the values that Triton likes to specialise on.
     for length in (1, 2, 15, 16, 17, 31, 48, 300):
         step(length, 1.0 / length, 0.01 + length / 2**20)
-    # Of the loss one form for kept sets, one for split rows.
-    assert compiled() == [1, 1, 2, 1, 1, 1, 1, 1]
+    # Of the loss one form for kept sets, one for split rows; of tiles one for rows nothing cuts.
+    assert compiled() == [1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1]

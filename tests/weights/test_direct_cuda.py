@@ -18,8 +18,7 @@ from pyrlk import _C, weights
 from pyrlk.weights import memory, publisher
 
 pytestmark = pytest.mark.distributed
-# A fork of a process that has looked for a driver keeps what it found.
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 SHAPES = {"a": (37,), "b": (5, 9), "c": (64,)}
 
 
@@ -131,8 +130,8 @@ class Pair:
         self.version = 0
         self._pipes, self.processes = [], []
         for run in (_serve, _train):
-            ours, theirs = SPAWN.Pipe()
-            process = SPAWN.Process(target=run, args=(path, theirs, driver), daemon=True)
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=run, args=(path, theirs, driver), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

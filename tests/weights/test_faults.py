@@ -114,15 +114,21 @@ def _serve(path: str, pipe, kind: type[Model]) -> None:
             if command == "forget the error":
                 receiver.last_error = None
             elif command == "few descriptors":
-                while receiver._session is not None:  # it would give its own back
-                    receiver.poll(0.001)
+                let_go(receiver)  # it would give its own back
                 few_descriptors(argument)
             elif command in FATES:
+                let_go(receiver)  # it may have reached that state
                 at(argument, FATES[command])
             elif command == "wait at most":
                 receiver._timeout = argument
             error = "" if receiver.last_error is None else type(receiver.last_error).__name__
             pipe.send((receiver.version, receiver.dirty, model.digest(), error))
+
+
+def let_go(receiver: weights.Receiver) -> None:
+    """Serves to the end of the last publisher's session."""
+    while receiver._session is not None:
+        receiver.poll(0.001)
 
 
 def at(state: wire.State, action: Callable[[], object]) -> None:
