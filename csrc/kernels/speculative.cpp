@@ -4,9 +4,9 @@
 //   residual  at the first rejection, a draw from max(p − q, 0) renormalised
 //   bonus     after n acceptances, a draw from p
 //
-// With p = w/Z and q = v/Y in the integer masses of kept_row.h the first is exact: u·v·Z < 2^64·w·Y.
-// Residual masses are max(w·Y − v·Z, 0) in units of 2^shift, the least that leave their sum below
-// 2^62. A draft without logits is one token of mass 1.
+// With p = w/Z and q = v/Y in the integer masses of kept_row.h the first is exact: u·v·Z <
+// 2^64·w·Y. Residual masses are max(w·Y − v·Z, 0) in units of 2^shift, the least that leave their
+// sum below 2^62. A draft without logits is one token of mass 1.
 #include "kept_row.h"
 
 namespace pyrlk {
