@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-OPS = ("policy_loss", "scaling", "linear", "sample", "verify", "pack", "gather")
+OPS = ("policy_loss", "score", "scaling", "linear", "sample", "verify", "pack", "update", "gather")
 TUNING = ("schedules",)  # by name alone: what a maintainer measures
 
 

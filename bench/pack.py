@@ -25,10 +25,10 @@ from .measure import Timing, interleaved
 LAYERS, EXPERTS, SCALE = 48, 128, 8
 
 
-def qwen3_moe_shapes(layers: int) -> list[tuple[int, ...]]:
-    """Of every tensor of Qwen3-30B-A3B (hidden 2048, experts of 768), divided by SCALE."""
-    hidden, inner, vocab = 2048 // SCALE, 768 // SCALE, 151936 // SCALE
-    query, key, head = 4096 // SCALE, 512 // SCALE, 128 // SCALE
+def qwen3_moe_shapes(layers: int, scale: int) -> list[tuple[int, ...]]:
+    """Of every tensor of Qwen3-30B-A3B (hidden 2048, experts of 768), divided by `scale`."""
+    hidden, inner, vocab = 2048 // scale, 768 // scale, 151936 // scale
+    query, key, head = 4096 // scale, 512 // scale, 128 // scale
     layer: list[tuple[int, ...]] = [(query, hidden), (key, hidden), (key, hidden), (hidden, query)]
     layer += [(head,), (head,), (hidden,), (hidden,), (EXPERTS, hidden)]
     layer += [(inner, hidden), (inner, hidden), (hidden, inner)] * EXPERTS
@@ -37,7 +37,9 @@ def qwen3_moe_shapes(layers: int) -> list[tuple[int, ...]]:
 
 def pack(layers: int, *, rounds: int) -> dict:
     """One row: pack with and without its sums against one memcpy."""
-    tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in qwen3_moe_shapes(layers)]
+    tensors = [
+        torch.empty(shape, dtype=torch.bfloat16) for shape in qwen3_moe_shapes(layers, SCALE)
+    ]
     g = torch.Generator().manual_seed(0)
     for tensor in tensors:
         tensor.view(torch.int16).random_(generator=g)

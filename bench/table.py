@@ -94,6 +94,19 @@ def _cells(row: dict) -> list[list[str]]:
     if "mapping" in ms:
         stages = f"plan {ms['plan']}, check {ms['check']}, copy {ms['copy']} ms"
         return [[row["op"], shape, dtype, ms["module"], stages, "bit-exact"]]
+    if "direct" in ms:
+        ways = {
+            "direct": "direct",
+            "staged": "staged",
+            "bucket": "flattened buckets by torch",
+            "per_tensor": "a tensor at a time by torch",
+        }
+        return [
+            [f"{row['op']}, {way}", shape, dtype, ms[side],
+             f"{row[f'{side}_over_copy']:.2f}× a plain copy of {row['bytes'] / 1e9:.2f} GB",
+             "bit-exact"]
+            for side, way in ways.items()
+        ]  # fmt: skip
     if "per_tensor" in ms:
         against = (
             f"a collective a tensor takes {row['per_tensor_over_gather']:.1f}×; with an engine as "
@@ -101,6 +114,12 @@ def _cells(row: dict) -> list[list[str]]:
         )
         name = f"{row['op']}, {row['ranks']} gloo ranks"
         return [[name, shape, dtype, ms["gather"], against, "bit-exact"]]
+    if "score" in ms:
+        ratio = (
+            f"{row['score_over_copy']:.2f}× a warm copy; torch.compile takes "
+            f"{row['compile_over_score']:.1f}×, eager {row['eager_over_score']:.1f}×"
+        )
+        return [[row["op"], shape, dtype, ms["score"], ratio, f"{row['score_error']:.1e}"]]
     if "verify" in ms:
         ratio = f"{row['verify_over_copy']:.2f}× a warm copy of the target; torch takes "
         return [

@@ -87,8 +87,8 @@ sys.path.insert(0, "tests/gpu")
 import dry_device
 dry_device.install()
 from pyrlk import bench
-from pyrlk.bench import linear, policy_loss, sample, scaling, schedules, verify
-policy_loss.QUICK = 4, 300
+from pyrlk.bench import linear, policy_loss, sample, scaling, schedules, score, verify
+policy_loss.QUICK = score.QUICK = 4, 300
 linear.QUICK = 6, 16, 300
 sample.QUICK = 64
 sample.ROWS["cuda"] = 1, 2
@@ -105,7 +105,7 @@ sys.exit(bench.main(["--device", "cuda", "--quick", "--write", sys.argv[1], *sys
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "op", ["policy_loss", "linear", "sample", "verify", "scaling", "schedules"]
+    "op", ["policy_loss", "linear", "score", "sample", "verify", "scaling", "schedules"]
 )
 def test_benches_run_on_a_device_that_is_not_there(tmp_path, op):
     code, output = run(
