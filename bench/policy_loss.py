@@ -16,6 +16,7 @@ import pyrlk
 from pyrlk import reference
 
 from .measure import interleaved, peak_bytes
+from .peers import liger_grpo, ratios, usable
 
 GATE = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ERROR_ROWS = 32
@@ -162,10 +163,13 @@ def run(
         "fresh": case.fresh,
         "drop_in": case.drop_in,
     }
+    others: dict[str, Callable[[], object]] = {}
     if peers:
         compiled = torch.compile(case.eager_loss)
         sides["eager"] = case.eager
         sides["compile"] = lambda: case.eager(compiled)
+        others = usable({"Liger": lambda: liger_grpo(case.logits, case.tokens, case.old)})
+        sides |= others
     times = interleaved(sides, before={"inplace": case.restore}, rounds=rounds)
     size = case.logits.nbytes
     row |= {
@@ -180,6 +184,7 @@ def run(
     if peers:
         row["compile_over_drop_in"] = times["compile"].over(times["drop_in"])
         row["eager_over_drop_in"] = times["eager"].over(times["drop_in"])
+        row["peers"] = ratios(times, others, "drop_in")
     return row
 
 

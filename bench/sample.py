@@ -13,6 +13,7 @@ import pyrlk
 from pyrlk import reference
 
 from .measure import interleaved
+from .peers import flashinfer_sampler, ratios, usable
 
 VOCAB, QUICK = 151936, 32000
 ROWS = {"cpu": (1, 64), "cuda": (1, 64, 512)}
@@ -59,12 +60,20 @@ def run(op: str, rows: int, vocab: int, device: str, *, rounds: int) -> dict:
     }
     if not kept_equal or error > 1e-6:
         return row | {"failed": "correctness gate: no times are reported"}
+    others = usable(
+        {
+            "FlashInfer": lambda: flashinfer_sampler(
+                logits, filters.get("top_k", vocab), filters["top_p"]
+            )
+        }
+    )
     times = interleaved(
         {
             "copy": lambda: warm.copy_(logits),
             "sample": sample,
             "sort": lambda: _sorting_sampler(logits, **filters),
-        },
+        }
+        | others,
         rounds=rounds,
         warmup=2,
     )
@@ -72,6 +81,7 @@ def run(op: str, rows: int, vocab: int, device: str, *, rounds: int) -> dict:
         "times": {side: t.as_dict() for side, t in times.items()},
         "sample_over_copy": times["sample"].over(times["copy"]),
         "sort_over_sample": times["sort"].over(times["sample"]),
+        "peers": ratios(times, others, "sample"),
     }
 
 

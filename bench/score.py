@@ -12,6 +12,7 @@ import pyrlk
 from pyrlk import reference
 
 from .measure import interleaved
+from .peers import ratios, trl_scores, usable
 from .policy_loss import QUICK, SHAPES
 
 ERROR_ROWS = 16
@@ -44,13 +45,15 @@ def run(rows: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) 
     if error > 1e-5:
         return row | {"failed": "correctness gate: no times are reported"}
     compiled = torch.compile(_eager)
+    others = usable({"TRL": lambda: trl_scores(logits, tokens)})
     times = interleaved(
         {
             "copy": lambda: warm.copy_(logits),
             "score": lambda: pyrlk.token_logprobs(logits, tokens, return_entropy=True),
             "eager": lambda: _eager(logits, tokens),
             "compile": lambda: compiled(logits, tokens),
-        },
+        }
+        | others,
         rounds=rounds,
     )
     return row | {
@@ -58,6 +61,7 @@ def run(rows: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) 
         "score_over_copy": times["score"].over(times["copy"]),
         "eager_over_score": times["eager"].over(times["score"]),
         "compile_over_score": times["compile"].over(times["score"]),
+        "peers": ratios(times, others, "score"),
         "gb_per_s": logits.nbytes / times["score"].median / 1e6,
     }
 

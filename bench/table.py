@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from .peers import said
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -65,7 +67,7 @@ def _cells(row: dict) -> list[list[str]]:
         if "compile_over_drop_in" in row:
             peers = (
                 f"; torch.compile takes {row['compile_over_drop_in']:.1f}×, "
-                f"eager {row['eager_over_drop_in']:.1f}×"
+                f"eager {row['eager_over_drop_in']:.1f}×{said(row)}"
             )
         return [
             [f"{row['op']}, in place", shape, dtype, ms["inplace"],
@@ -117,20 +119,20 @@ def _cells(row: dict) -> list[list[str]]:
     if "score" in ms:
         ratio = (
             f"{row['score_over_copy']:.2f}× a warm copy; torch.compile takes "
-            f"{row['compile_over_score']:.1f}×, eager {row['eager_over_score']:.1f}×"
+            f"{row['compile_over_score']:.1f}×, eager {row['eager_over_score']:.1f}×{said(row)}"
         )
         return [[row["op"], shape, dtype, ms["score"], ratio, f"{row['score_error']:.1e}"]]
     if "verify" in ms:
-        ratio = f"{row['verify_over_copy']:.2f}× a warm copy of the target; torch takes "
-        return [
-            [row["op"], shape, dtype, ms["verify"], ratio + f"{row['torch_over_verify']:.0f}×",
-             f"{row['logprob_error']:.1e}"],
-        ]  # fmt: skip
-    ratio = f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
-    return [
-        [row["op"], shape, dtype, ms["sample"], ratio + f"{row['sort_over_sample']:.0f}×",
-         f"{row['logprob_error']:.1e}"],
-    ]  # fmt: skip
+        ratio = (
+            f"{row['verify_over_copy']:.2f}× a warm copy of the target; torch takes "
+            f"{row['torch_over_verify']:.0f}×"
+        )
+        return [[row["op"], shape, dtype, ms["verify"], ratio, f"{row['logprob_error']:.1e}"]]
+    ratio = (
+        f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
+        f"{row['sort_over_sample']:.0f}×{said(row)}"
+    )
+    return [[row["op"], shape, dtype, ms["sample"], ratio, f"{row['logprob_error']:.1e}"]]
 
 
 def _engine_update(row: dict, ms: dict[str, str]) -> list[list[str]]:
