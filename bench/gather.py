@@ -208,7 +208,7 @@ def main(device: str, quick: bool) -> list[dict]:
         return []
     cases: list[Case] = [(3000, 16, 32, 1 << 18)]
     if not quick:
-        cases.append((3000, 256, 128, 8 << 20))
+        cases.append((3000, 256, 256, 16 << 20))
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (folder, cases, 3 if quick else 9), RANKS)
+        torch.multiprocessing.spawn(_rank, (folder, cases, 3 if quick else 5), RANKS)
         return json.loads((Path(folder) / "rows").read_text())
