@@ -8,6 +8,7 @@
     floor      an update without tensors: the same requests, nothing to move
     plan, bucket   ours; what is left after the floor is packing, handing over, loading
     sglang     a fresh tensor of all, torch.cat of uint8 views, "file_system" sharing
+               (no floor is taken off: pause, flush, begin, end and version are in it)
     memcpy     what the copy inside the engine is held against, without a server
 
 SMALL is a server of thousands of small tensors: there the engine's copy is held against its own
@@ -89,6 +90,8 @@ class Engine:
     def __init__(self, url: str):
         self.url = url
         self.server = Server(url, None, 300.0)
+        # On a CPU /flush_cache collects garbage; with SGLang's modules frozen, little of it.
+        self.server.http.request("POST", "/freeze_gc")
         self.tensors = checkpoint(Path(self.server.info().model_path))
         current = self.server.version()
         self._version = int(current) if current.isdecimal() else 0
