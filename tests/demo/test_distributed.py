@@ -27,10 +27,11 @@ from pathlib import Path
 from pyrlk import demo
 from pyrlk.demo.config import Config
 from pyrlk.demo.ranks import Ranks
-config = Config(steps=int(sys.argv[2]), threads=2, groups=2, group_size=16,
-                warmup_steps=40, warmup_batch=64, eval_every=4, save_every=1)
-with Ranks() as ranks:
-    demo.run(config, Path(sys.argv[1]), resume=sys.argv[3] == "resume", ranks=ranks)
+if __name__ == "__main__":  # the engine is spawned
+    config = Config(steps=int(sys.argv[2]), threads=2, groups=2, group_size=16,
+                    warmup_steps=40, warmup_batch=64, eval_every=4, save_every=1)
+    with Ranks() as ranks:
+        demo.run(config, Path(sys.argv[1]), resume=sys.argv[3] == "resume", ranks=ranks)
 """
 PATIENCE = 240.0
 
