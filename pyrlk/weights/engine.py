@@ -35,6 +35,7 @@ class Engine(Protocol):
     sums_copies: bool  # what went into the engine is compared with the sums too
     reads_back: bool  # what the engine holds in the end can be summed
 
+    def gpu(self) -> bytes: ...  # UUID of the one that its tensors lie on
     def check(self, layout: Layout, partial: bool) -> None: ...
     def apply(
         self, segment: memory.Segment, bucket: int, sums: tuple[int, ...], threads: int
@@ -54,6 +55,9 @@ class ModuleEngine:
         self._module = module
         self._checkpoint = gather.Checkpoint(module) if gather.is_hf(module) else None
         self._plan: _Plan | None = None
+
+    def gpu(self) -> bytes:
+        return memory.gpu_of(self._module.parameters())
 
     @torch.no_grad()
     def check(self, layout: Layout, partial: bool) -> None:
@@ -163,6 +167,9 @@ class CallableEngine:
         self._expected = expected
         self._layout: Layout | None = None
         self.names_from = "unchecked" if expected is None else "expected"
+
+    def gpu(self) -> bytes:
+        return memory.gpu_of((self._expected or {}).values())
 
     def check(self, layout: Layout, partial: bool) -> None:
         if self._expected is not None:

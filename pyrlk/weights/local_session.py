@@ -20,10 +20,11 @@ import torch
 
 from . import layout as layouts
 from . import memory, wire
-from .errors import ProtocolError, StagingError, Unsupported, UpdateError
+from .errors import ProtocolError, Unsupported, UpdateError
 from .packing import Plan
 from .report import Clock, Outcome
 from .session import Session, Target
+from .staging import Staging, free_abandoned
 from .wire import Frame, Type
 
 
@@ -61,8 +62,7 @@ class LocalSession:
         self.channel = wire.connect(path, time.monotonic() + patience)
         self.settled = True  # nothing of a transaction is under way
         self.handed_over = False  # the receiver may have begun to copy
-        self._ring = memory.Ring([])
-        self._device = torch.device("cpu")
+        self._staging = Staging(path)
         self._transaction = 0
         self._opened: list[bytes] = []  # the trainer's own segments, as the receiver has them
         self._handed: dict[int, int] = {}  # of those, generation by number, not acknowledged yet
@@ -76,7 +76,7 @@ class LocalSession:
         except UpdateError:
             self.channel.close()
             raise
-        _free_abandoned(path)
+        free_abandoned(path)
 
     @property
     def boot(self) -> bytes:
@@ -133,43 +133,31 @@ class LocalSession:
         self._accept(frame, Type.CHECKED)
         self._digest = layout.digest
 
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
+    def stage(self, plan: Plan, buffers: int) -> None:
         """Have slots that are large enough, on the right device, open on both sides."""
-        wanted = min(buffers, layout.staged)
-        slots = self._ring.slots
-        large = all(slot.segment.nbytes >= layout.slot_bytes for slot in slots)
-        if len(slots) >= wanted and large and (device == self._device or not wanted):
+        readers = {self.welcome.gpu}
+        if self._staging.fits(plan, buffers, readers):
             return
-        nbytes = max([layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
-        if slots:
+        if self._staging.ring.slots:
             # The importer closes before the exporter frees.
             self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
             self._expect(Type.RETIRED)
-            self._ring.close()
             self._opened = []
-        self._device = device
-        self._ring = memory.Ring([])
-        segments: list[memory.Segment] = []
-        try:
-            for index in range(max(wanted, len(slots))):
-                segment = memory.create(device, nbytes)
-                segments.append(segment)
-                info = wire.SegmentInfo(index, segment.handle)
-                fds = [] if segment.fd is None else [segment.fd]
-                self._send(Type.SEGMENT, info.encode(), fds)
-                self._expect(Type.OPENED)
-        finally:
-            self._ring = memory.Ring(segments)
+        self._staging.build(plan, buffers, readers)
+        for info, fds in self._staging.opens(self.welcome.gpu):
+            self._send(Type.SEGMENT, info.encode(), fds)
+            self._expect(Type.OPENED)
 
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
         """Pack and hand over every bucket; returns when the receiver serves the new version."""
         threads = torch.get_num_threads()
         self._announce(plan.segments)
+        ring = self._staging.ring
         for bucket in range(plan.layout.staged):
-            slot = self._ring.free_slot()
+            slot = ring.free_slot()
             while slot is None:
                 self._await_ack()
-                slot = self._ring.free_slot()
+                slot = ring.free_slot()
             clock.lap("wait")
             slot.fill()
             sums = plan.start(bucket, slot.segment, verify).wait(self._timeout)
@@ -181,7 +169,7 @@ class LocalSession:
         for bucket in range(plan.layout.staged, len(plan.layout.buckets)):
             self._hand_over(plan, bucket, verify, threads)
             clock.lap("sum")
-        while self._handed or any(s.state is memory.State.READY for s in self._ring.slots):
+        while self._handed or any(s.state is memory.State.READY for s in ring.slots):
             self._await_ack()
         applied = wire.Applied.decode(self._expect(Type.APPLIED).body)
         self.settled = True
@@ -223,15 +211,14 @@ class LocalSession:
         self._send(Type.BUCKET, message.encode())
 
     def release_staging(self) -> None:
-        if not self._ring.slots or self._retiring:
+        if not self._staging.ring.slots or self._retiring:
             return
         self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
         self._retiring = True
         self._opened = []
-        if self._device.type == "cuda":
+        if self._staging.on_gpu:
             self._await_retired()  # the importer closes before the exporter frees
-        self._ring.close()
-        self._ring = memory.Ring([])
+        self._staging.free()
 
     def _await_retired(self) -> None:
         """The answer to `release_staging`, which an engine gives when it polls."""
@@ -245,7 +232,7 @@ class LocalSession:
             self.abandon()
             return
         with contextlib.suppress(UpdateError):
-            cuda = self._device.type == "cuda"
+            cuda = self._staging.on_gpu
             if cuda:
                 self._await_retired()
             self._transaction += 1
@@ -253,7 +240,7 @@ class LocalSession:
             if cuda:
                 self._expect(Type.CLOSED)
         self.channel.close()
-        self._ring.close()
+        self._staging.close()
 
     def cancel(self) -> None:
         self.abandon()
@@ -262,17 +249,12 @@ class LocalSession:
         """Drop the connection; the receiver notices at once."""
         alive = self.channel.alive()
         self.channel.close()
-        if alive and self._device.type == "cuda" and not self.settled:
-            # The receiver may still read: freeing now would be undefined.
-            _OPEN.setdefault(self._path, []).append(self._ring)
-            return
-        with contextlib.suppress(StagingError):  # there is a first error
-            self._ring.close()
+        self._staging.abandon(may_be_read=alive and not self.settled)
 
     def _await_ack(self) -> None:
         ack = wire.Ack.decode(self._expect(Type.ACK).body)
         if ack.slot < wire.MAX_SLOTS:
-            self._ring.ack(ack.slot, ack.generation)
+            self._staging.ring.ack(ack.slot, ack.generation)
         elif self._handed.pop(ack.slot, None) != ack.generation:
             raise ProtocolError(f"acknowledged segment {ack.slot}: never sent")
 
@@ -287,14 +269,3 @@ class LocalSession:
 
     def _accept(self, frame: Frame, kind: Type) -> Frame:
         return wire.accept(frame, kind, self._transaction)
-
-
-# By path: memory that a receiver had open when its session broke.
-_OPEN: dict[str, list[memory.Ring]] = {}
-
-
-def _free_abandoned(path: str) -> None:
-    """A receiver that says WELCOME has no other session: what those had open, it has closed."""
-    for ring in _OPEN.pop(path, []):
-        with contextlib.suppress(StagingError):
-            ring.close()

@@ -33,6 +33,7 @@ from pyrlk import _C
 from .errors import ProtocolError, StagingError, Unsupported
 
 _ALIGN = 256
+NO_GPU = bytes(16)
 Placed = tuple[Tensor, int]  # a tensor and its offset in the segment
 
 
@@ -95,7 +96,7 @@ class Handle:
     kind: Kind
     nbytes: int
     id: bytes  # 128 random bits; a process id is never an identity
-    uuid: bytes = bytes(16)  # of the GPU
+    uuid: bytes = NO_GPU
     ipc: bytes = bytes(64)
     offset: int = 0  # of the segment in the exported allocation
 
@@ -416,6 +417,20 @@ def tensor_sum(tensor: Tensor, *, threads: int) -> int:
     if flat.device.type == "cpu":
         return _C.checksum(flat.data_ptr(), flat.numel(), whole, threads)[0]
     return sums_of(flat, whole)[0]
+
+
+def gpu(device: torch.device) -> bytes:
+    """UUID of a GPU; NO_GPU for the host, and where no driver says."""
+    if device.type == "cuda":
+        with contextlib.suppress(_C.CudaError):
+            return _C.cuda_device_uuid(device.index or 0)
+    return NO_GPU
+
+
+def gpu_of(tensors: Iterable[Tensor]) -> bytes:
+    """UUID of the one GPU that tensors lie on; NO_GPU if it is none, or several."""
+    devices = {tensor.device for tensor in tensors}
+    return gpu(devices.pop()) if len(devices) == 1 else NO_GPU
 
 
 def create(device: torch.device, nbytes: int) -> Segment:

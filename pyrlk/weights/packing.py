@@ -20,6 +20,7 @@ from .errors import PeerLost, StaleVersion, Timeout, UpdateError
 from .ranks import Ranks
 from .references import References
 from .source import Sharded, Source, Work
+from .staging import Mirrors
 
 
 class Plan(abc.ABC):
@@ -32,6 +33,7 @@ class Plan(abc.ABC):
         self.failure: UpdateError | None = None  # ours, whichever engine it came up at
         self.same_sums = False  # ensure(): the weights must be those of the update before
         self.references = References()
+        self.mirrors: Mirrors | None = None  # on the other ranks, where they gather too
         self._sums: dict[int, list[int]] = {}  # of each bucket, as last filled and summed
 
     @abc.abstractmethod
@@ -144,12 +146,15 @@ class ShardedPlan(Plan):
 
     def start(self, bucket: int, segment: memory.Segment, verify: bool) -> Work:
         if self.ranks is not None:
-            self.ranks.order({"bucket": bucket, "verify": verify})
+            self.ranks.order({"bucket": bucket, "into": segment.handle.id.hex()})
         work = self._gather(bucket, segment, verify)
         return _Gathering(self, bucket, segment, work)
 
     def serve(self, what: dict[str, Any], timeout: float) -> None:
-        self._gather(what["bucket"], None, what["verify"]).wait(timeout)
+        out = None if self.mirrors is None else self.mirrors.slot(what["into"])
+        self._gather(what["bucket"], out, False).wait(timeout)
+        if out is not None:
+            out.finish()
 
     def form(self) -> str:
         return _form(len(self._specs), self.layout.encoded)

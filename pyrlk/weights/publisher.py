@@ -28,6 +28,7 @@ from .references import References
 from .report import Clock, EngineReport, UpdateReport
 from .session import Session, Target
 from .source import ModuleState, NamedTensors, Sharded, Source
+from .staging import Mirrors
 
 SELECTORS = ("all", "target", "draft")
 
@@ -105,6 +106,7 @@ class Publisher:
         self._closed = False
         self._group = group
         self._ranks = None if group is None else Ranks(group, self._timeout)
+        self._mirrors = None if self._ranks is None else Mirrors(self._ranks)
         self._plan: TensorPlan | ShardedPlan | None = None  # of the last update
         self._module: gather.Checkpoint | ModuleState | None = None
         self._last: _Last | None = None
@@ -224,13 +226,22 @@ class Publisher:
     def release_staging(self) -> None:
         """Give the staging memory back until the next update, which allocates it anew.
 
-        An engine unmaps its side when it polls next.
+        With `group=` collective. A `Receiver` unmaps its side when it polls next. SGLang in plan
+        mode is stopped for a moment ("in_place"), so that its ranks do; that may raise as `update`
+        does. After `close()` alone, what other ranks stage for their GPUs lives as long as they do.
         """
         with self._lock:
             self._check_usable()
-            for engine in self._engines:
-                if engine.session is not None and engine.session.alive():
-                    engine.session.release_staging()
+            if self._ranks is None:
+                self._release_staging()
+                return
+            mirrors, host = self._mirrors, torch.device("cpu")
+            assert mirrors is not None
+            self._ranks.run(
+                {"call": "release_staging"},
+                lead=self._release_staging,
+                serve=lambda what: mirrors.serve(what, host),
+            )
 
     def close(self) -> None:
         """End the session and free the staging memory; idempotent."""
@@ -258,6 +269,25 @@ class Publisher:
             raise ValueError(f"selector must be one of {SELECTORS}, got {selector!r}")
         return _Order(version, partial, self._verify, selector, self._buffers)
 
+    def _release_staging(self) -> None:
+        errors: list[UpdateError] = []
+        for engine in self._engines:
+            try:
+                if engine.session is not None and engine.session.alive():
+                    engine.session.release_staging()
+            except UpdateError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _serve(self, plan: Plan, what: dict[str, Any]) -> dict[str, Any] | None:
+        """Carry out an order of rank 0."""
+        if "mirror" in what:
+            assert self._mirrors is not None
+            return self._mirrors.serve(what, plan.device)
+        plan.serve(what, self._timeout)
+        return None
+
     def _late(self, version: int) -> list[_Engine]:
         return [engine for engine in self._engines if not engine.has(version)]
 
@@ -284,7 +314,7 @@ class Publisher:
             report = self._ranks.run(
                 wish,
                 lead=lambda: _as_json(publish(plan, last.order)),
-                serve=lambda what: plan.serve(what, self._timeout),
+                serve=lambda what: self._serve(plan, what),
             )
         finally:
             if not isinstance(wish, Exception):
@@ -332,6 +362,7 @@ class Publisher:
         else:
             self._plan = None  # an error below must not leave the old one
             self._plan = plan = ShardedPlan(source, specs, self._bucket_bytes, self._ranks)
+            plan.mirrors = self._mirrors
         return plan
 
     def _tensor_plan(self, named_tensors: NamedTensors) -> Plan:
@@ -459,7 +490,7 @@ class _Engine:
         with self._dropping(session):
             session.begin(plan.layout, order.version, order.partial, order.verify, order.selector)
             clock.lap("check")
-            session.stage(plan.layout, plan.device, order.buffers)
+            session.stage(plan, order.buffers)
             clock.lap("stage")
 
     def send(self, plan: Plan, order: _Order, clock: Clock) -> UpdateReport:

@@ -1,8 +1,8 @@
 """The ranks of a trainer in step: what each wants, what rank 0 decides, and how an update ended.
 
     arrive   every rank → 0     what it is about to publish, or its error
-    order    0 → every rank     gather bucket b; or the end: the report, or the error
-    answer   every rank → 0     its part of bucket b is done, or its error
+    order    0 → every rank     gather bucket b, mirror a ring; or the end: the report, the error
+    answer   every rank → 0     that is done, or its error
 
 Words go through the group's own store and never through a collective, so that none is left half
 done. A wait polls: it has a deadline, and a process of this machine that dies is noticed at once.
@@ -63,7 +63,7 @@ class Ranks:
         self,
         wish: dict[str, Any] | Exception,
         lead: Callable[[], Any],
-        serve: Callable[[dict[str, Any]], None],
+        serve: Callable[[dict[str, Any]], dict[str, Any] | None],
     ) -> Any:
         """One update of the whole group; the same on every rank, an exception too.
 
@@ -74,7 +74,7 @@ class Ranks:
         lead : callable
             Rank 0: does it, giving orders, and returns what every rank returns (made of JSON).
         serve : callable
-            The others: carries one order out.
+            The others: carries one order out; what it returns goes into the answer.
 
         Raises
         ------
@@ -101,9 +101,9 @@ class Ranks:
         self._post(f"order/{self._order}", what)
         self._order += 1
 
-    def answers(self) -> None:
-        """Rank 0: wait until every rank has done the last order; the first error is raised."""
-        self._collect(f"answer/{self._order - 1}")
+    def answers(self) -> dict[int, dict[str, Any]]:
+        """Rank 0: what every rank answers to the last order; the first error is raised."""
+        return self._collect(f"answer/{self._order - 1}")
 
     def blame(self) -> None:
         """Rank 0, whose own part has failed: raise the cause, if a rank has said one.
@@ -165,7 +165,7 @@ class Ranks:
             error.args = (f"rank {rank}: {error}",)
             raise error
 
-    def _follow(self, serve: Callable[[dict[str, Any]], None]) -> Any:
+    def _follow(self, serve: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Any:
         alive = _Alive(self._store, self._key("beat"), self._timeout)
         for number in itertools.count():
             key = f"order/{number}"
@@ -175,9 +175,8 @@ class Ranks:
                 if "error" in what["end"]:
                     raise heard(what["end"]["error"])
                 return what["end"]["result"]
-            answer: dict[str, Any] = {}
             try:
-                serve(what)
+                answer = serve(what) or {}
             except Exception as error:
                 # Rank 0 decides what becomes of the update, and says so.
                 answer = {"error": said(error)}

@@ -169,7 +169,7 @@ class Receiver:
 
     def _next_frame(self, deadline: float) -> Frame | None:
         """The next frame of the publisher; None when the deadline passes without one."""
-        while True:
+        while self._listener is not None or self._session is not None:
             poller = select.poll()
             if self._listener is not None:
                 poller.register(self._listener, select.POLLIN)
@@ -184,6 +184,7 @@ class Receiver:
                 return self._session.channel.recv(0.0)
             if not self._accept():
                 return None
+        return None  # nobody is left to be heard
 
     def _accept(self) -> bool:
         """Let a publisher in, or tell it that there is one; False if that cannot be done now."""
@@ -215,7 +216,10 @@ class Receiver:
         assert session is not None
         if frame.type is Type.HELLO and frame.transaction == 0 and not session.greeted:
             wire.Hello.decode(frame.body)
-            welcome = wire.Welcome(self._boot, self.version, self.dirty, self._engine.names_from)
+            engine = self._engine
+            welcome = wire.Welcome(
+                self._boot, self.version, self.dirty, engine.names_from, engine.gpu()
+            )
             self._send(Type.WELCOME, 0, welcome.encode())
             session.greeted = True
         elif frame.type is Type.RETIRE and session.greeted:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import abc
 from typing import Any, Protocol
 
-import torch
-
 from . import layout as layouts
 from . import wire
 from .errors import UpdateError
@@ -35,7 +33,7 @@ class Session(Protocol):
         verify: wire.Verify,
         selector: str,
     ) -> None: ...
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None: ...
+    def stage(self, plan: Plan, buffers: int) -> None: ...
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied: ...
     def outcome(self, layout: layouts.Layout) -> Outcome: ...
     def release_staging(self) -> None: ...  # between updates

@@ -67,7 +67,7 @@ class DistributedSession(ServerSession):
     def chosen(self) -> list[list[int]]:
         return self._chosen
 
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
+    def stage(self, plan: Plan, buffers: int) -> None:
         """The memory belongs to the broadcast; see `send_all`."""
 
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:

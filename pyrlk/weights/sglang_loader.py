@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,6 +192,9 @@ class Models:
     def __init__(self, engines: Sequence[PlanEngine]):
         self._engines = engines
 
+    def gpu(self) -> bytes:
+        return memory.gpu_of(p for engine in self._engines for p in engine.parameters())
+
     def check(self, layout: layouts.Layout, partial: bool) -> None:
         for engine in self._engines:
             engine.check(layout, partial)
@@ -289,6 +292,9 @@ class PlanEngine:
         if not known.plan.disabled and (known.replay is None or not known.replay.fits(tensors)):
             known.replay = load_plan.Replay(known.plan, tensors, layout)
         self._now, self._layout = known, layout
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._module().parameters()
 
     def summed(self, bucket: int) -> set[int]:
         """The entries of a bucket whose sums the replay itself compares."""

@@ -13,6 +13,7 @@ those of a speculating server are counted once, by a request that only asks.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import select
@@ -21,9 +22,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-import torch
 
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
@@ -41,6 +41,7 @@ from .report import Clock, Outcome
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
 from .sglang_session import ServerSession, Settings
+from .staging import Staging, free_abandoned
 from .wire import Frame, Type
 
 
@@ -59,8 +60,7 @@ class PlanSession(ServerSession):
         self._listener = wire.listen(self._path)
         self._links: list[_Link] = []
         self._post: _Post | None = None
-        self._ring = memory.Ring([])
-        self._device = torch.device("cpu")
+        self._staging = Staging(server.url)
         self._reading: dict[int, set[_Link]] = {}
         self._transaction = 0
         self._runners: dict[str, int] = {}  # models in a process, by selector
@@ -86,11 +86,16 @@ class PlanSession(ServerSession):
             self._hang_up()
             raise
 
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
+    def stage(self, plan: Plan, buffers: int) -> None:
         """Slots that are large enough, on the right device, open in every rank."""
+        readers = {link.gpu for link in self._links}
         with self._undoing(self._previous):
             try:
-                self._stage(layout, device, buffers)
+                if not self._staging.fits(plan, buffers, readers):
+                    self._retire()
+                    self._staging.build(plan, buffers, readers)
+                for link in self._links:
+                    link.open(self._staging, self._transaction, self._deadline())
             except BaseException:
                 self._hang_up()
                 raise
@@ -147,6 +152,37 @@ class PlanSession(ServerSession):
             planned=len(names) - len(fallback),
             fallback=fallback,
         )
+
+    def release_staging(self) -> None:
+        """The loaders listen only while SGLang calls them: have them called, for no update."""
+        if not any(link.opened and link.channel.alive() for link in self._links):
+            self._hang_up()
+            return
+        version = self._server.version()
+        self.settled = self.handed_over = self._begun = False
+        with self._undoing(version):
+            try:
+                self._enter("in_place", recover=False)
+                self._transaction += 1
+                self._gather(self._request(self._runners[self._selector]))
+                self._retire()
+                self._dismiss()
+                self._staging.free()
+            except BaseException:
+                self._hang_up()
+                raise
+            self._leave(version)
+
+    def _dismiss(self) -> None:
+        """The loaders return, and come anew with the next update."""
+        for link in self._links:
+            self._send(link, Type.CLOSE)
+        self._collect(Type.CLOSED)
+        assert self._post is not None
+        self._post.join(self._timeout)
+        self._post = None
+        while self._links:
+            self._links.pop().channel.close()
 
     def cancel(self) -> None:
         self._hang_up()
@@ -250,6 +286,10 @@ class PlanSession(ServerSession):
         for link in waiting:
             link.channel.close()
         self._links = sorted(attached, key=lambda link: link.rank)
+        for link in self._links:
+            link.greet(deadline)
+        if not any(link.opened for link in self._links):
+            free_abandoned(self._server.url)
 
     def _judge(self, layout: layouts.Layout, partial: bool) -> None:
         """Names, where only the engine knows them: read by some rank, and nothing left out."""
@@ -270,29 +310,14 @@ class PlanSession(ServerSession):
                 "send all, or pass partial=True to keep those weights"
             )
 
-    def _stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
-        wanted = min(buffers, len(layout.buckets))
-        slots = self._ring.slots
-        large = all(slot.segment.nbytes >= layout.slot_bytes for slot in slots)
-        if len(slots) < wanted or not large or (device != self._device and wanted):
-            nbytes = max([layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
-            # The importers close before the exporter frees.
-            for link in self._links:
-                link.retire(self._transaction, self._deadline())
-            self._ring.close()
-            self._device = device
-            segments: list[memory.Segment] = []
-            try:
-                for _ in range(max(wanted, len(slots))):
-                    segments.append(memory.create(device, nbytes))
-            finally:
-                self._ring = memory.Ring(segments)
+    def _retire(self) -> None:
+        """The importers close before the exporters free."""
         for link in self._links:
-            link.open(self._ring, self._transaction, self._deadline())
+            link.retire(self._transaction, self._deadline())
 
     def _free_slot(self) -> memory.Slot:
         while True:
-            slot = self._ring.free_slot()
+            slot = self._staging.ring.free_slot()
             if slot is not None:
                 return slot
             for link in self._ready(self._links, self._deadline(), "a free slot"):
@@ -331,14 +356,11 @@ class PlanSession(ServerSession):
                 raise ProtocolError(f"rank {link.rank} acknowledged slot {ack.slot}: never sent")
             readers.discard(link)
             if not readers:
-                self._ring.ack(ack.slot, ack.generation)
+                self._staging.ring.ack(ack.slot, ack.generation)
         else:
             wanted = kind if kind is not None else Type.ACK
-            try:
+            with link.named():
                 wire.accept(frame, wanted, self._transaction)
-            except UpdateError as error:
-                error.args = (f"rank {link.rank}: {error}",)
-                raise
             if wanted is Type.APPLIED:
                 link.applied = wire.Applied.decode(frame.body)
             return True
@@ -370,29 +392,24 @@ class PlanSession(ServerSession):
             raise ApplyFailed(self._unheard(what))
         return out
 
-    def _send(self, link: _Link, kind: Type, body: bytes) -> None:
-        link.channel.send(Frame(kind, self._transaction, body), self._deadline())
+    def _send(self, link: _Link, kind: Type, body: bytes = b"") -> None:
+        with link.named():
+            link.channel.send(Frame(kind, self._transaction, body), self._deadline())
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout
 
     def _hang_up(self) -> None:
         """Drop all connections: a loader that waits gives up at once, and its request ends."""
-        if self._device.type == "cuda" and self._links:
-            _LEAKED.append(self._ring)  # a rank may have it open; it is freed with the process
-        else:
-            self._ring.close()
+        reading = any(link.opened and link.channel.alive() for link in self._links)
+        self._staging.abandon(may_be_read=reading)
         for link in self._links:
             link.channel.close()
         self._links = []
-        self._ring = memory.Ring([])
         if self._post is not None:
             with contextlib.suppress(UpdateError):
                 self._post.join(self._timeout)
             self._post = None
-
-
-_LEAKED: list[memory.Ring] = []
 
 
 @dataclass(eq=False)
@@ -405,18 +422,32 @@ class _Link:
     reasons: dict[int, str] = field(default_factory=dict)
     applied: wire.Applied | None = None
     _digest: bytes = b""
-    _opened: list[bytes] = field(default_factory=list)  # ids of the segments it has open
+    opened: int = 0  # segments of the ring
+    gpu: bytes = memory.NO_GPU
     _greeted: bool = False
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """An error says which rank's it is."""
+        try:
+            yield
+        except UpdateError as error:
+            error.args = (f"rank {self.rank}: {error}",)
+            raise
+
+    def greet(self, deadline: float) -> None:
+        """HELLO on a new connection."""
+        if not self._greeted:
+            hello = wire.Hello(secrets.token_bytes(16))
+            self.channel.send(Frame(Type.HELLO, 0, hello.encode()), deadline)
+            welcome = wire.accept(self.channel.recv(deadline), Type.WELCOME, 0)
+            self.gpu = wire.Welcome.decode(welcome.body).gpu
+            self._greeted = True
 
     def begin(
         self, begin: wire.Begin, layout: layouts.Layout, transaction: int, deadline: float
     ) -> None:
-        """HELLO on a new connection, and BEGIN, with the manifest where it is new."""
-        if not self._greeted:
-            hello = wire.Hello(secrets.token_bytes(16))
-            self.channel.send(Frame(Type.HELLO, 0, hello.encode()), deadline)
-            wire.Welcome.decode(wire.accept(self.channel.recv(deadline), Type.WELCOME, 0).body)
-            self._greeted = True
+        """BEGIN, with the manifest where it is new."""
         self.status = bytearray(len(layout.entries))
         self.reasons = {}
         self.applied = None
@@ -440,21 +471,18 @@ class _Link:
         self.status[status.first : end] = status.codes
 
     def retire(self, transaction: int, deadline: float) -> None:
-        if self._opened:
+        if self.opened:
             retire = wire.Retire(direct_only=False).encode()
             self.channel.send(Frame(Type.RETIRE, transaction, retire), deadline)
             wire.accept(self.channel.recv(deadline), Type.RETIRED, transaction)
-            self._opened.clear()
+            self.opened = 0
 
-    def open(self, ring: memory.Ring, transaction: int, deadline: float) -> None:
-        for slot in ring.slots[len(self._opened) :]:
-            segment = slot.segment
-            info = wire.SegmentInfo(slot.index, segment.handle)
-            fds = [] if segment.fd is None else [segment.fd]
+    def open(self, staging: Staging, transaction: int, deadline: float) -> None:
+        for info, fds in itertools.islice(staging.opens(self.gpu), self.opened, None):
             frame = Frame(Type.SEGMENT, transaction, info.encode(), fds)
             self.channel.send(frame, deadline)
             wire.accept(self.channel.recv(deadline), Type.OPENED, transaction)
-            self._opened.append(segment.handle.id)
+            self.opened += 1
 
 
 class _Post:

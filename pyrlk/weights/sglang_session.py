@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from . import layout as layouts
 from . import manifest, memory, sglang_payload, wire
 from .errors import EngineDirty, StagingError, StaleVersion, UpdateError
@@ -110,12 +108,7 @@ class ServerSession:
         self.settled = self.handed_over = self._begun = False
         self._previous = None if dirty else current
         with self._undoing(self._previous):
-            self._server.pause(self._settings.pause)
-            if self._settings.pause != "in_place":
-                self._server.flush()
-            self._durable = self._server.set_version(f"{DIRTY}{version}")
-            self._server.begin(selector, recover=dirty)
-            self._begun = True
+            self._enter(self._settings.pause, recover=dirty)
             self._opened(sent, version, partial, verify)
 
     def outcome(self, layout: layouts.Layout) -> Outcome:
@@ -144,16 +137,33 @@ class ServerSession:
         self._server.close()
         self._lock.close()
 
+    def _enter(self, pause: str, *, recover: bool) -> None:
+        """Stop the engine, mark it, and open its session."""
+        self._server.pause(pause)
+        if pause != "in_place":
+            self._server.flush()
+        self._durable = self._server.set_version(f"{DIRTY}{self._version}")
+        self._server.begin(self._selector, recover)
+        self._begun = True
+
+    def _leave(self, version: str) -> None:
+        """Close the session, and let the engine go on under a version."""
+        if self._begun:
+            self._server.end()
+            self._begun = False
+        if self._durable:
+            self._server.set_version(version)
+        self._server.resume()
+        self.settled = True
+
     def _finish(self, plan: Plan) -> None:
         """Every rank has the new weights: make the version visible and go on."""
-        self._server.end()
         if self._asks:
+            self._server.end()
+            self._begun = False
             self._ask(plan)
-        if self._durable:
-            self._server.set_version(str(self._version))
-        self._server.resume()
+        self._leave(str(self._version))
         self._applied = str(self._version)
-        self.settled = True
 
     def _ask(self, plan: Plan) -> None:
         """Whether the engine holds what the same tensors made of another one, or of itself."""
@@ -178,12 +188,7 @@ class ServerSession:
                 error.dirty = True
                 raise
             with contextlib.suppress(UpdateError):
-                if self._begun:
-                    self._server.end()
-                if self._durable:
-                    self._server.set_version(previous)
-                self._server.resume()
-                self.settled = True
+                self._leave(previous)
             raise
 
     def _opened(
@@ -234,7 +239,8 @@ class BucketSession(ServerSession):
         self._timeout = timeout
         self._segments: list[memory.Segment] = []
 
-    def stage(self, layout: layouts.Layout, device: torch.device, buffers: int) -> None:
+    def stage(self, plan: Plan, buffers: int) -> None:
+        layout = plan.layout
         wanted = min(buffers, layout.staged, 2)
         large = all(s.nbytes >= layout.slot_bytes for s in self._segments)
         if len(self._segments) >= wanted and large:

@@ -4,7 +4,7 @@
     crc   := CRC-32 over the header, with crc = 0, and the body
 
     publisher → receiver                          receiver → publisher
-    HELLO    nonce                                WELCOME  boot nonce, version, dirty, names_from
+    HELLO    nonce                                WELCOME  boot nonce, version, dirty, names, GPU
     SEGMENT  index, handle [+ descriptor]         OPENED   index
     RETIRE   all segments, or the trainer's own   RETIRED
     BEGIN    version, flags, digest [+ manifest]  CHECKED  | FAILED
@@ -42,7 +42,7 @@ from . import memory
 from .errors import PeerLost, ProtocolError, StagingError, Timeout, UpdateError, from_code
 from .layout import MAX_DIRECT, MAX_MANIFEST, MAX_PIECES
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_BODY = 60 << 10
 MAX_SLOTS = 64  # segments numbered from here on are the trainer's own (direct)
 _MAGIC = b"PRLK"
@@ -190,19 +190,20 @@ class Welcome:
     version: int
     dirty: bool
     names_from: str
+    gpu: bytes = memory.NO_GPU  # that its weights lie on
 
-    _form = struct.Struct("<16sqBB")
+    _form = struct.Struct("<16sqBB16s")
 
     def encode(self) -> bytes:
         names = NAMES_FROM.index(self.names_from)
-        return self._form.pack(self.boot, self.version, self.dirty, names)
+        return self._form.pack(self.boot, self.version, self.dirty, names, self.gpu)
 
     @classmethod
     def decode(cls, body: bytes) -> Welcome:
-        boot, version, dirty, names = _unpack(cls._form, body, "WELCOME")
+        boot, version, dirty, names, gpu = _unpack(cls._form, body, "WELCOME")
         if names >= len(NAMES_FROM):
             raise ProtocolError(f"WELCOME: names_from {names}")
-        return cls(boot, version, _flag(dirty, "WELCOME"), NAMES_FROM[names])
+        return cls(boot, version, _flag(dirty, "WELCOME"), NAMES_FROM[names], gpu)
 
 
 @dataclass(frozen=True)

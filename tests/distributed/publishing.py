@@ -6,7 +6,6 @@ Rank 0 also runs the engines: receivers in threads, and a double of SGLang.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import sys
 import tempfile
@@ -22,55 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 from engines import Fused
 from fake_sglang import FakeSGLang
 from harness import check, main
+from scattered import Scattered, everywhere, raised
 
 from pyrlk import weights
-from pyrlk.weights import layout as layouts
-from pyrlk.weights import source
 
 META = {n: t.to("meta") for n, t in Fused.checkpoint(0).items()}
-
-
-class Scattered(source.Sharded):
-    """Tensor i lies on rank i mod ranks; a bucket is one reduction of bytes to rank 0."""
-
-    def __init__(self, tensors, group=None):
-        self.group = group or dist.group.WORLD
-        self.tensors = tensors
-        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.collectives = 0
-        self.before = lambda bucket: None
-
-    def specs(self):
-        return [layouts.Spec(n, tuple(t.shape), t.dtype) for n, t in self.tensors.items()]
-
-    def start(self, layout, bucket, out, *, checksum=True):
-        self.before(bucket)
-        self.collectives += 1
-        flat = torch.zeros(layout.buckets[bucket], dtype=torch.uint8)
-        for i in layout.pieces[bucket]:
-            entry = layout.entries[i]
-            if list(self.tensors).index(entry.name) % self.ranks == self.rank:
-                data = self.tensors[entry.name].contiguous().view(-1).view(torch.uint8)
-                flat[entry.offset : entry.offset + entry.nbytes] = data
-        work = dist.reduce(flat, group_dst=0, group=self.group, async_op=True)
-        return Reduction(work, flat, layout, bucket, out, checksum)
-
-
-class Reduction(source.Work):
-    def __init__(self, work, flat, layout, bucket, out, checksum):
-        self.work, self.flat, self.layout, self.bucket = work, flat, layout, bucket
-        self.out, self.checksum = out, checksum
-
-    def wait(self, timeout):
-        try:
-            self.work.wait(datetime.timedelta(seconds=timeout))
-        except RuntimeError as error:
-            late = "imed out" in str(error)
-            raise (weights.Timeout if late else weights.PeerLost)(str(error)[:200]) from None
-        if self.out is None:
-            return None
-        self.out.flat[: self.flat.numel()] = self.flat
-        return self.out.sums(self.layout.ranges[self.bucket], threads=1) if self.checksum else None
 
 
 @contextlib.contextmanager
@@ -113,20 +68,6 @@ def same(engine, sent):
     return dist.get_rank() != 0 or all(
         torch.equal(t, engine.wanted(sent)[n]) for n, t in engine.state_dict().items()
     )
-
-
-def everywhere(value):
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    assert all(one == every[0] for one in every), every
-    return every[0]
-
-
-def raised(kind, match, call):
-    """The same error on every rank."""
-    with pytest.raises(kind, match=match) as caught:
-        call()
-    return everywhere((type(caught.value).__name__, str(caught.value), caught.value.dirty))
 
 
 @check

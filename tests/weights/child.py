@@ -5,8 +5,12 @@ Prints a line when it reaches a point that the test waits for.
 
 import argparse
 import ctypes
+import os
+import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +22,17 @@ from pyrlk.weights import memory, publisher
 def make_model(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 300), nn.LayerNorm(300), nn.Linear(300, 64)).bfloat16()
+
+
+def build_fake_cuda(folder: Path) -> str | None:
+    """Compile fake_cuda.c, for PYRLK_LIBCUDA; None without a compiler."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None
+    library = str(folder / "libcuda_fake.so")
+    source = str(Path(__file__).with_name("fake_cuda.c"))
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", library], check=True)
+    return library
 
 
 def use_fake_cuda() -> None:

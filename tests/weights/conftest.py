@@ -1,6 +1,4 @@
 import contextlib
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child import build_fake_cuda
 
 from pyrlk import weights
 
@@ -64,13 +63,10 @@ def start(socket_path: str) -> Iterator[Callable[..., subprocess.Popen]]:
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory) -> str:
     """A CUDA driver for PYRLK_LIBCUDA; see fake_cuda.c."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+    library = build_fake_cuda(tmp_path_factory.mktemp("driver"))
+    if library is None:
         pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("driver") / "libcuda_fake.so"
-    source = str(CHILD.with_name("fake_cuda.c"))
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", str(library)], check=True)
-    return str(library)
+    return library
 
 
 @contextlib.contextmanager

@@ -243,6 +243,54 @@ def test_another_ones_session_is_left_alone():
         assert (fake.version, fake.paused) == ("default", False)
 
 
+def mapped():
+    """Segments that this process maps: the publisher's and those of the workers."""
+    with open("/proc/self/maps") as maps:
+        return sum("memfd:pyrlk" in line for line in maps)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_staging_is_given_back_between_updates(ranks):
+    workers = [Fused(rank, ranks) for rank in range(ranks)]
+    before = mapped()
+    with FakeSGLang(*workers) as fake, publisher(fake, "plan", bucket_bytes=1 << 10) as p:
+        p.release_staging()  # nothing yet
+        for version in range(1, 5):
+            sent = Fused.checkpoint(version)
+            report = p.update(sent, version=version)
+            assert all(same(worker, sent) for worker in workers)
+            assert mapped() == before + 2 * (1 + ranks)
+            fake.calls.clear()
+            p.release_staging()
+            assert mapped() == before
+            assert fake.calls == [
+                "pause_generation",
+                f"update_weight_version pyrlk-updating:{version}",
+                "begin_weight_update",
+                "update_weights_from_tensor",
+                "end_weight_update",
+                f"update_weight_version {version}",
+                "continue_generation",
+            ]
+            p.release_staging()
+            assert len(fake.calls) == 7
+        assert report.planned == report.tensors
+
+
+def test_staging_that_cannot_be_given_back_changes_nothing():
+    worker = Fused()
+    with FakeSGLang(worker) as fake, publisher(fake, "plan") as p:
+        p.update(Fused.checkpoint(1), version=1)
+        fake.fail["/update_weights_from_tensor"] = 500
+        with pytest.raises(weights.ApplyFailed, match="made to fail") as caught:
+            p.release_staging()
+        assert not caught.value.dirty
+        assert (fake.version, fake.paused, fake.open) == ("1", False, False)
+        fake.fail.clear()
+        p.update(Fused.checkpoint(2), version=2)
+        assert same(worker, Fused.checkpoint(2))
+
+
 def test_one_publisher_an_engine():
     with FakeSGLang(Fused()) as fake, publisher(fake) as p:
         p.update(Fused.checkpoint(0), version=1)
