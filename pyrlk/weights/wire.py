@@ -464,6 +464,9 @@ class Channel:
         return fds if self._pidfd is None else [*fds, self._pidfd]
 
     def alive(self) -> bool:
+        """Whether both sides have it open."""
+        if self._sock.fileno() < 0:
+            return False
         poller = select.poll()
         poller.register(self._sock, 0)
         if self._pidfd is not None:

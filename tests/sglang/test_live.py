@@ -58,6 +58,9 @@ def test_all_weights_arrive(servers, name, mode):
             assert report.mode == mode
             if mode == "plan" and step:
                 assert report.planned == report.tensors, report.fallback
+            if step == 2:
+                p.release_staging()
+                assert server.version() == str(version + step)
 
 
 @on("moe")
@@ -111,6 +114,8 @@ def test_requests_know_their_versions(servers, name, pause):
         for step in range(1, UPDATES + 1):
             p.update(models[(step + 1) % 2], version=first + step)
             assert server.version() == str(first + step)
+            if step % 10 == 0:
+                p.release_staging()
             time.sleep(0.05)
         running.clear()
         for done in clients:

@@ -162,6 +162,20 @@ def test_a_wait_ends_at_its_deadline():
     channel.close()
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_channel_closed_by_either_side_is_not_alive(ours):
+    left, right = (
+        wire.Channel(s) for s in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    )
+    assert left.alive()
+    assert right.alive()
+    (left if ours else right).close()
+    assert not left.alive()
+    assert not right.alive()
+    left.close()
+    right.close()
+
+
 @pytest.mark.parametrize(
     "noise",
     [
