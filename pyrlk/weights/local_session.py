@@ -20,11 +20,11 @@ import torch
 
 from . import layout as layouts
 from . import memory, wire
-from .errors import ProtocolError, Unsupported, UpdateError
+from .errors import ProtocolError, StagingError, Unsupported, UpdateError
 from .packing import Plan
 from .report import Clock, Outcome
 from .session import Session, Target
-from .staging import Staging, free_abandoned
+from .staging import Staging, closed_by
 from .wire import Frame, Type
 
 
@@ -57,12 +57,14 @@ _MODES = {
 class LocalSession:
     """A connection and the staging ring that the other side has opened."""
 
+    jointly = False
+
     def __init__(self, path: str, patience: float, timeout: float):
         self._path, self._timeout = path, timeout
         self.channel = wire.connect(path, time.monotonic() + patience)
         self.settled = True  # nothing of a transaction is under way
         self.handed_over = False  # the receiver may have begun to copy
-        self._staging = Staging(path)
+        self._staging = Staging()
         self._transaction = 0
         self._opened: list[bytes] = []  # the trainer's own segments, as the receiver has them
         self._handed: dict[int, int] = {}  # of those, generation by number, not acknowledged yet
@@ -76,7 +78,8 @@ class LocalSession:
         except UpdateError:
             self.channel.close()
             raise
-        free_abandoned(path)
+        with contextlib.suppress(StagingError):  # tried again
+            closed_by({path})  # by a session before: a receiver has one at a time
 
     @property
     def boot(self) -> bytes:
@@ -136,14 +139,14 @@ class LocalSession:
     def stage(self, plan: Plan, buffers: int) -> None:
         """Have slots that are large enough, on the right device, open on both sides."""
         readers = {self.welcome.gpu}
-        if self._staging.fits(plan, buffers, readers):
+        if self._staging.fits(plan, buffers, {self._path}, readers):
             return
         if self._staging.ring.slots:
             # The importer closes before the exporter frees.
             self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
             self._expect(Type.RETIRED)
             self._opened = []
-        self._staging.build(plan, buffers, readers)
+        self._staging.build(plan, buffers, {self._path}, readers)
         for info, fds in self._staging.opens(self.welcome.gpu):
             self._send(Type.SEGMENT, info.encode(), fds)
             self._expect(Type.OPENED)
@@ -218,7 +221,7 @@ class LocalSession:
         self._opened = []
         if self._staging.on_gpu:
             self._await_retired()  # the importer closes before the exporter frees
-        self._staging.free()
+        self._leave_staging()
 
     def _await_retired(self) -> None:
         """The answer to `release_staging`, which an engine gives when it polls."""
@@ -240,7 +243,7 @@ class LocalSession:
             if cuda:
                 self._expect(Type.CLOSED)
         self.channel.close()
-        self._staging.close()
+        self._leave_staging()
 
     def cancel(self) -> None:
         self.abandon()
@@ -249,7 +252,12 @@ class LocalSession:
         """Drop the connection; the receiver notices at once."""
         alive = self.channel.alive()
         self.channel.close()
-        self._staging.abandon(may_be_read=alive and not self.settled)
+        with contextlib.suppress(StagingError):  # there is a first error
+            self._leave_staging(may_be_read=alive and not self.settled)
+
+    def _leave_staging(self, *, may_be_read: bool = False) -> None:
+        staging, self._staging = self._staging, Staging()
+        staging.leave(self._path, may_be_read=may_be_read)
 
     def _await_ack(self) -> None:
         ack = wire.Ack.decode(self._expect(Type.ACK).body)

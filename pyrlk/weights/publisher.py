@@ -12,7 +12,7 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,12 +271,16 @@ class Publisher:
 
     def _release_staging(self) -> None:
         errors: list[UpdateError] = []
+        released = []
         for engine in self._engines:
             try:
                 if engine.session is not None and engine.session.alive():
                     engine.session.release_staging()
+                    released.append(engine.target.address)
             except UpdateError as error:
                 errors.append(error)
+        if self._mirrors is not None:
+            self._mirrors.free(released)
         if errors:
             raise errors[0]
 
@@ -390,7 +394,7 @@ class Publisher:
             if self._all_or_none:
                 for engine in engines:
                     engine.begin(plan, order, clock)
-            for batch in _batches(list(zip(engines, entries, strict=True))):
+            for batch in self._batches(zip(engines, entries, strict=True), plan):
                 self._publish_to(batch, plan, order, clock.copy())
         except BaseException:
             for engine in engines:
@@ -400,6 +404,18 @@ class Publisher:
         if not done:
             raise next(entry.error for entry in entries if entry.error is not None)
         return dataclasses.replace(done[0], engines=entries) if self._several else done[0]
+
+    def _batches(
+        self, pairs: Iterable[tuple[_Engine, EngineReport]], plan: Plan
+    ) -> Iterable[_Batch]:
+        """Engines one by one, but those of one kind that are sent to jointly."""
+        batches: dict[object, _Batch] = {}
+        for engine, entry in pairs:
+            with self._isolating(entry, plan):
+                session = engine.connect()
+                kind = type(session) if session.jointly else engine
+                batches.setdefault(kind, []).append((engine, entry))
+        return batches.values()
 
     def _publish_to(self, batch: _Batch, plan: Plan, order: _Order, clock: Clock) -> None:
         """One engine, or several that take each bucket at the same time."""
@@ -411,12 +427,12 @@ class Publisher:
                 ready.append((engine, entry))
         if not ready:
             return
-        if not batch[0][0].target.jointly:
+        sessions: list[Any] = [engine.session for engine, _ in ready]
+        if not sessions[0].jointly:
             engine, entry = ready[0]
             with self._isolating(entry, plan):
                 entry.report = engine.send(plan, order, clock)
             return
-        sessions: list[Any] = [engine.session for engine, _ in ready]
         verify = bool(order.verify)
         results = sessions[0].send_all(sessions, plan, verify, self._isolates, clock)
         for (engine, entry), result in zip(ready, results, strict=True):
@@ -481,7 +497,7 @@ class _Engine:
 
     def begin(self, plan: Plan, order: _Order, clock: Clock) -> None:
         """Connect, let the engine judge the update, and have staging memory ready."""
-        session = self._connected()
+        session = self.connect()
         clock.lap("connect")
         if order.partial and self._boot not in (None, session.boot):
             raise EngineDirty(
@@ -561,7 +577,7 @@ class _Engine:
                 error.dirty = session.handed_over  # nobody is left to ask
             raise
 
-    def _connected(self) -> Session:
+    def connect(self) -> Session:
         if self.session is not None and not self.session.alive():
             self._drop(self.session)
         if self.session is None:
@@ -576,13 +592,6 @@ class _Engine:
 
 
 _Batch = list[tuple[_Engine, EngineReport]]
-
-
-def _batches(pairs: _Batch) -> list[_Batch]:
-    """Engines one by one, but those that are sent to jointly."""
-    joint = [pair for pair in pairs if pair[0].target.jointly]
-    alone = [[pair] for pair in pairs if not pair[0].target.jointly]
-    return [*alone, joint] if joint else alone
 
 
 def _members(group: dist.ProcessGroup) -> set[int]:

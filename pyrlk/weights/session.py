@@ -18,6 +18,7 @@ from .report import Clock, Outcome
 class Session(Protocol):
     """A connection to an engine. In an update: begin, stage, send; each may raise."""
 
+    jointly: bool  # sent to together with others of its kind; see JointSession
     settled: bool  # nothing of a transaction is under way
     handed_over: bool  # the engine may have begun to copy
 
@@ -55,7 +56,6 @@ class Target(abc.ABC):
     """Where weights go."""
 
     direct = False  # can read the trainer's own memory
-    jointly = False  # its sessions are sent to together; see JointSession
 
     @property
     @abc.abstractmethod

@@ -78,10 +78,6 @@ class SGLang(Target):
         Server(self.url, self.api_key, 1.0)
 
     @property
-    def jointly(self) -> bool:  # type: ignore[override]
-        return self.mode == "distributed"
-
-    @property
     def address(self) -> str:
         return self.url
 

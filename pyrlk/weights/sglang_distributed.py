@@ -39,6 +39,7 @@ class DistributedSession(ServerSession):
     """One engine of a group."""
 
     mode = "distributed"
+    jointly = True
 
     def __init__(self, settings: Settings, server: Server, info: Info, timeout: float):
         super().__init__(settings, server, info)
@@ -93,14 +94,6 @@ class DistributedSession(ServerSession):
 
     def finish(self, plan: Plan) -> None:
         self._finish(plan)
-
-    def give_up(self, error: UpdateError) -> UpdateError:
-        """Take the update back where nothing was handed over; `error` then says if it was."""
-        try:
-            with self._undoing(self._previous):
-                raise error
-        except UpdateError as known:
-            return known
 
     def close(self) -> None:
         if self.group is not None:

@@ -32,16 +32,18 @@ from .errors import (
     MissingName,
     PeerLost,
     ProtocolError,
+    StagingError,
     Timeout,
     Unsupported,
     UpdateError,
 )
 from .packing import Plan
 from .report import Clock, Outcome
+from .sglang_hand_over import HandOver
 from .sglang_loader import Payload
 from .sglang_server import LOADER, Info, Server
 from .sglang_session import ServerSession, Settings
-from .staging import Staging, free_abandoned
+from .staging import Staging, closed_by
 from .wire import Frame, Type
 
 
@@ -49,19 +51,23 @@ class PlanSession(ServerSession):
     """The loader in each worker, through a socket of ours."""
 
     mode = "plan"
+    jointly = True
     engine_checks = True
 
     def __init__(self, settings: Settings, server: Server, info: Info, timeout: float):
         super().__init__(settings, server, info)
         # The loader runs on the scheduler's thread: its waits end before the server's watchdog.
-        self._timeout = min(timeout, 0.5 * info.watchdog)
+        # They are longer than ours: it may wait while another engine of the update is given up.
+        self.timeout = min(timeout, 0.4 * info.watchdog)
+        self._patience = min(4 * self.timeout, 0.8 * info.watchdog)
         self._folder = tempfile.mkdtemp(prefix="pyrlk-")
         self._path = os.path.join(self._folder, "plan.sock")
         self._listener = wire.listen(self._path)
         self._links: list[_Link] = []
         self._post: _Post | None = None
-        self._staging = Staging(server.url)
-        self._reading: dict[int, set[_Link]] = {}
+        self.staging = Staging()
+        self.buffers = 0
+        self._reading: dict[int, tuple[int, set[_Link]]] = {}  # by slot: generation, who still does
         self._transaction = 0
         self._runners: dict[str, int] = {}  # models in a process, by selector
 
@@ -87,28 +93,67 @@ class PlanSession(ServerSession):
             raise
 
     def stage(self, plan: Plan, buffers: int) -> None:
-        """Slots that are large enough, on the right device, open in every rank."""
-        readers = {link.gpu for link in self._links}
-        with self._undoing(self._previous):
-            try:
-                if not self._staging.fits(plan, buffers, readers):
-                    self._retire()
-                    self._staging.build(plan, buffers, readers)
-                for link in self._links:
-                    link.open(self._staging, self._transaction, self._deadline())
-            except BaseException:
-                self._hang_up()
-                raise
+        """The ring is one of all engines of an update; see `HandOver`."""
+        self.buffers = buffers
 
     def send(self, plan: Plan, verify: bool, clock: Clock) -> wire.Applied:
-        with self._undoing(self._previous):
-            try:
-                self._hand_over(plan, verify, clock)
-                self._finish(plan)
-            except BaseException:
-                self._hang_up()  # before anything is taken back: the loaders must return
-                raise
-        clock.lap("finish")
+        (result,) = self.send_all([self], plan, verify, False, clock)
+        if isinstance(result, UpdateError):
+            raise result
+        return result
+
+    @staticmethod
+    def send_all(
+        sessions: list[PlanSession], plan: Plan, verify: bool, isolate: bool, clock: Clock
+    ) -> list[wire.Applied | UpdateError]:
+        """Hand every bucket to all engines at once; what became of each."""
+        return HandOver(sessions, plan, isolate).run(verify, clock)
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    @property
+    def gpus(self) -> set[bytes]:
+        """Those of its processes."""
+        return {link.gpu for link in self._links}
+
+    def retire(self) -> None:
+        """Have the ranks close the ring: the importers, before the exporter frees."""
+        for link in self._links:
+            link.retire(self._transaction, self._deadline())
+
+    def open(self, staging: Staging) -> None:
+        """Have the ranks open the slots that they have not open yet."""
+        if staging is not self.staging:
+            self.retire()
+            self.staging = staging
+        for link in self._links:
+            link.open(staging, self._transaction, self._deadline())
+
+    def announce(self, message: wire.Bucket) -> None:
+        """A bucket lies in its slot."""
+        body = message.encode()
+        self._reading[message.slot] = message.generation, set(self._links)
+        self.handed_over = True
+        for link in self._links:
+            self._send(link, Type.BUCKET, body)
+
+    def await_reads(self, slot: int, deadline: float) -> None:
+        """Wait until every rank has read the slot."""
+        while self._reading[slot][1]:
+            for link in self._ready(self._links, deadline, "ACK"):
+                if link is not None:
+                    self._take(link, link.channel.recv(0.0), None)
+
+    def await_applied(self) -> None:
+        """Wait until every rank has all buckets, and SGLang has answered."""
+        self._collect(Type.APPLIED)
+        assert self._post is not None
+        self._post.join(self.timeout)
+
+    def finish(self, plan: Plan) -> wire.Applied:
+        self._finish(plan)
         applied = [link.applied for link in self._links if link.applied is not None]
         return wire.Applied(
             self._version,
@@ -116,25 +161,9 @@ class PlanSession(ServerSession):
             max((a.copy_seconds for a in applied), default=0.0),
         )
 
-    def _hand_over(self, plan: Plan, verify: bool, clock: Clock) -> None:
-        for bucket in range(plan.layout.staged):
-            slot = self._free_slot()
-            clock.lap("load")
-            slot.fill()
-            sums = plan.start(bucket, slot.segment, verify).wait(self._timeout)
-            slot.ready()
-            clock.lap("pack")
-            body = wire.Bucket(bucket, slot.index, slot.generation, tuple(sums or ())).encode()
-            self._reading[slot.index] = set(self._links)
-            self.handed_over = True
-            for link in self._links:
-                self._send(link, Type.BUCKET, body)
-            clock.lap("hand-over")
-        self._collect(Type.APPLIED)
-        clock.lap("load")
-        assert self._post is not None
-        self._post.join(self._timeout)
-        clock.lap("hand-over")
+    def give_up(self, error: UpdateError) -> UpdateError:
+        self._hang_up()  # before anything is taken back: the loaders must return
+        return super().give_up(error)
 
     def outcome(self, layout: layouts.Layout) -> Outcome:
         assert self._sent is not None
@@ -165,9 +194,9 @@ class PlanSession(ServerSession):
                 self._enter("in_place", recover=False)
                 self._transaction += 1
                 self._gather(self._request(self._runners[self._selector]))
-                self._retire()
+                self.retire()
                 self._dismiss()
-                self._staging.free()
+                self._leave_staging(may_be_read=False)
             except BaseException:
                 self._hang_up()
                 raise
@@ -179,7 +208,7 @@ class PlanSession(ServerSession):
             self._send(link, Type.CLOSE)
         self._collect(Type.CLOSED)
         assert self._post is not None
-        self._post.join(self._timeout)
+        self._post.join(self.timeout)
         self._post = None
         while self._links:
             self._links.pop().channel.close()
@@ -205,7 +234,7 @@ class PlanSession(ServerSession):
         """Have SGLang call load() everywhere; returns the nonce that the calls name."""
         nonce = secrets.token_bytes(16)
         payloads = [
-            Payload(rank, runners, self._timeout, nonce, self._path).encode()
+            Payload(rank, runners, self._patience, nonce, self._path).encode()
             for rank in range(self._info.tp_size)
         ]
         encoded = list(map(sglang_payload.control_payload, payloads))
@@ -227,7 +256,7 @@ class PlanSession(ServerSession):
             left = deadline - time.monotonic()
             ready = {fd for fd, _ in poller.poll(max(0.0, left) * 1000)}
             if not ready:
-                raise Timeout(f"{self._server.url}: no answer within {self._timeout:g} s")
+                raise Timeout(f"{self._server.url}: no answer within {self.timeout:g} s")
             if self._listener.fileno() not in ready:
                 break  # the request has ended, and nobody is left to be let in
             sock, _ = self._listener.accept()
@@ -239,7 +268,7 @@ class PlanSession(ServerSession):
             attach = wire.Attach.decode(frame.body)
             if attach.nonce == nonce:
                 calls[attach.rank] += 1
-        self._post.join(self._timeout)
+        self._post.join(self.timeout)
         self._post = None
         counts = {calls[rank] for rank in range(self._info.tp_size)}
         count, rest = divmod(max(counts), self._info.pp_size)
@@ -289,7 +318,7 @@ class PlanSession(ServerSession):
         for link in self._links:
             link.greet(deadline)
         if not any(link.opened for link in self._links):
-            free_abandoned(self._server.url)
+            closed_by({self.url})
 
     def _judge(self, layout: layouts.Layout, partial: bool) -> None:
         """Names, where only the engine knows them: read by some rank, and nothing left out."""
@@ -309,20 +338,6 @@ class PlanSession(ServerSession):
                 f"nothing in the update is written to {missing[0]} of the engine's parameters: "
                 "send all, or pass partial=True to keep those weights"
             )
-
-    def _retire(self) -> None:
-        """The importers close before the exporters free."""
-        for link in self._links:
-            link.retire(self._transaction, self._deadline())
-
-    def _free_slot(self) -> memory.Slot:
-        while True:
-            slot = self._staging.ring.free_slot()
-            if slot is not None:
-                return slot
-            for link in self._ready(self._links, self._deadline(), "a free slot"):
-                if link is not None:
-                    self._take(link, link.channel.recv(0.0), None)
 
     def _collect(self, kind: Type) -> None:
         """Wait until every rank has sent `kind`; the first error of a rank is raised."""
@@ -351,12 +366,10 @@ class PlanSession(ServerSession):
             link.reasons[reason.number] = reason.text
         elif frame.type is Type.ACK:
             ack = wire.Ack.decode(wire.accept(frame, Type.ACK, self._transaction).body)
-            readers = self._reading.get(ack.slot)
-            if readers is None or link not in readers:
+            generation, readers = self._reading.get(ack.slot, (0, set()))
+            if link not in readers or ack.generation != generation:
                 raise ProtocolError(f"rank {link.rank} acknowledged slot {ack.slot}: never sent")
             readers.discard(link)
-            if not readers:
-                self._staging.ring.ack(ack.slot, ack.generation)
         else:
             wanted = kind if kind is not None else Type.ACK
             with link.named():
@@ -382,7 +395,7 @@ class PlanSession(ServerSession):
         left = deadline - time.monotonic()
         ready = {fd for fd, _ in poller.poll(max(0.0, left) * 1000)}
         if not ready:
-            raise Timeout(f"{self._server.url}: no {what} within {self._timeout:g} s")
+            raise Timeout(f"{self._server.url}: no {what} within {self.timeout:g} s")
         out: list[_Link | None] = list(dict.fromkeys(owners[fd] for fd in ready & owners.keys()))
         if self._listener.fileno() in ready:
             out.append(None)
@@ -397,19 +410,27 @@ class PlanSession(ServerSession):
             link.channel.send(Frame(kind, self._transaction, body), self._deadline())
 
     def _deadline(self) -> float:
-        return time.monotonic() + self._timeout
+        return time.monotonic() + self.timeout
 
     def _hang_up(self) -> None:
         """Drop all connections: a loader that waits gives up at once, and its request ends."""
-        reading = any(link.opened and link.channel.alive() for link in self._links)
-        self._staging.abandon(may_be_read=reading)
+        self._leave_staging(
+            may_be_read=any(link.opened and link.channel.alive() for link in self._links)
+        )
         for link in self._links:
             link.channel.close()
         self._links = []
         if self._post is not None:
+            # Only what is about to be taken back needs the loaders to have returned.
             with contextlib.suppress(UpdateError):
-                self._post.join(self._timeout)
+                self._post.join(min(1.0, self.timeout) if self.handed_over else self.timeout)
             self._post = None
+
+    def _leave_staging(self, *, may_be_read: bool) -> None:
+        staging, self.staging = self.staging, Staging()
+        self._reading.clear()
+        with contextlib.suppress(StagingError):  # it is tried again
+            staging.leave(self.url, may_be_read=may_be_read)
 
 
 @dataclass(eq=False)

@@ -37,6 +37,7 @@ class ServerSession:
     """What both modes share: the checks before, and the steps around, the hand-over."""
 
     mode = ""
+    jointly = False
     engine_checks = False  # names, by the engine itself
 
     def __init__(self, settings: Settings, server: Server, info: Info):
@@ -120,6 +121,14 @@ class ServerSession:
             planned=0,
             fallback=dict.fromkeys(names, "bucket mode: SGLang's load_weights"),
         )
+
+    def give_up(self, error: UpdateError) -> UpdateError:
+        """Take the update back where nothing was handed over; `error` then says if it was."""
+        try:
+            with self._undoing(self._previous):
+                raise error
+        except UpdateError as known:
+            return known
 
     def release_staging(self) -> None:
         """Nothing is kept between updates, unless a mode says so."""

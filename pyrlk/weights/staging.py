@@ -1,15 +1,16 @@
-"""Where buckets are staged: the ring of one session, and its mirrors on the GPUs of other ranks.
+"""Where buckets are staged: a ring of slots, and its mirrors on the GPUs of other ranks.
 
     a reader on GPU x opens the ring of the trainer's rank on GPU x, else that of rank 0
 
 A slot is one slot in all of its mirrors: one collective fills them, and it is free when its last
-reader has read. Between GPUs, weights then travel in that collective alone.
+reader has read. Between GPUs, weights then travel in that collective alone. Memory of a GPU is
+freed when no engine has it open any more, also that of a session that broke.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Staging:
-    """The ring of one session with `engine`, empty at first."""
+    """The ring of one or several engines, empty at first."""
 
-    def __init__(self, engine: str):
+    def __init__(self) -> None:
         self.ring = memory.Ring([])
-        self._engine = engine
+        self._held = _Held(set(), {})
         self._device = torch.device("cpu")
         self._gpus: frozenset[bytes] = frozenset()  # of the readers, that are to have a mirror
         self._mirrors: Mirrors | None = None
@@ -37,7 +38,9 @@ class Staging:
     def on_gpu(self) -> bool:
         return self._device.type == "cuda"
 
-    def fits(self, plan: Plan, buffers: int, readers: Collection[bytes]) -> bool:
+    def fits(
+        self, plan: Plan, buffers: int, engines: Collection[str], readers: Collection[bytes]
+    ) -> bool:
         """Whether the slots are enough for a plan, large enough, and where its readers are.
 
         Parameters
@@ -45,8 +48,10 @@ class Staging:
         plan : Plan
         buffers : int
             Slots at most.
+        engines : collection of str
+            Their addresses.
         readers : collection of bytes
-            UUIDs of the GPUs of the engine's processes, `memory.NO_GPU` for one on the host.
+            UUIDs of the GPUs of their processes, `memory.NO_GPU` for one on the host.
         """
         slots = self.ring.slots
         wanted = min(buffers, plan.layout.staged)
@@ -55,10 +60,12 @@ class Staging:
         if not wanted:
             return True
         same = plan.mirrors is self._mirrors and _others(plan, readers) == self._gpus
-        return same and plan.device == self._device
+        return same and plan.device == self._device and self._held.engines.issuperset(engines)
 
-    def build(self, plan: Plan, buffers: int, readers: Collection[bytes]) -> None:
-        """Slots for a plan. No reader has one of the engine's older ones open.
+    def build(
+        self, plan: Plan, buffers: int, engines: Collection[str], readers: Collection[bytes]
+    ) -> None:
+        """Slots for a plan. The engines have none of ours open: those of theirs are freed.
 
         Raises
         ------
@@ -68,16 +75,18 @@ class Staging:
         slots = self.ring.slots
         count = max(len(slots), min(buffers, plan.layout.staged))
         nbytes = max([plan.layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
-        self.close()
+        self.ring = memory.Ring([])
+        closed_by(engines)
         self._device = plan.device
+        self._held = _hold(engines)
         segments: list[memory.Segment] = []
-        try:
-            for _ in range(count):
-                segments.append(memory.create(plan.device, nbytes))
-        finally:
-            self.ring = memory.Ring(segments)
-        if plan.mirrors is not None or self._mirrors is not None:
-            self._mirror(segments, plan.mirrors, _others(plan, readers))
+        for _ in range(count):
+            segments.append(self._held.create(plan.device, nbytes))
+        mirrored, self._handles = bool(self._handles), {}
+        self._mirrors, self._gpus = plan.mirrors, _others(plan, readers)
+        if plan.mirrors is not None and (self._gpus or mirrored):
+            self._handles = plan.mirrors.make(engines, segments, self._gpus)
+        self.ring = memory.Ring(segments)
 
     def opens(self, reader: bytes) -> Iterator[tuple[wire.SegmentInfo, list[int]]]:
         """What a reader on that GPU is told of each slot, and the descriptor that goes with it."""
@@ -90,44 +99,57 @@ class Staging:
             else:
                 yield wire.SegmentInfo(slot.index, handles[slot.index]), []
 
-    def free(self) -> None:
-        """Give the memory back everywhere, in step with the other ranks; nobody reads any more."""
-        self.close()
-        self._mirror([], None, frozenset())
-
-    def close(self) -> None:
-        """Give this process's memory back; nobody reads any more."""
-        self.ring.close()
-        self.ring = memory.Ring([])
-
-    def abandon(self, *, may_be_read: bool) -> None:
-        """The session broke. What may still be read is kept: freeing it would be undefined."""
-        if may_be_read and self.on_gpu and self.ring.slots:
-            _ABANDONED.setdefault(self._engine, []).append(self.ring)
-            self.ring = memory.Ring([])
-            return
-        with contextlib.suppress(StagingError):  # there is a first error
-            self.close()
-
-    def _mirror(
-        self, segments: list[memory.Segment], mirrors: Mirrors | None, gpus: frozenset[bytes]
-    ) -> None:
-        known, self._mirrors, self._gpus = self._mirrors, mirrors, gpus
-        had, self._handles = bool(self._handles), {}
-        mirrors = mirrors or known
-        if mirrors is not None and (gpus or had):
-            self._handles = mirrors.make(self._engine, segments, gpus)
+    def leave(self, engine: str, *, may_be_read: bool = False) -> None:
+        """An engine's session is over. What it may still read is kept: freeing is undefined."""
+        if not (may_be_read and self.on_gpu):
+            closed_by({engine})
 
 
-# By engine: rings that it may have had open when a session broke.
-_ABANDONED: dict[str, list[memory.Ring]] = {}
+@dataclass(eq=False)
+class _Held:
+    """Segments that engines may have open, by name."""
+
+    engines: set[str]
+    segments: dict[str, memory.Segment]
+
+    def create(self, device: torch.device, nbytes: int, name: str = "") -> memory.Segment:
+        segment = memory.create(device, nbytes)
+        self.segments[name or segment.handle.id.hex()] = segment
+        return segment
 
 
-def free_abandoned(engine: str) -> None:
-    """An engine that has come anew has closed what sessions before had it open."""
-    for ring in _ABANDONED.pop(engine, []):
-        with contextlib.suppress(StagingError):
-            ring.close()
+_HELD: list[_Held] = []  # of this process
+
+
+def _hold(engines: Collection[str]) -> _Held:
+    held = _Held(set(engines), {})
+    _HELD.append(held)
+    return held
+
+
+def closed_by(engines: Collection[str]) -> None:
+    """These engines have none of our segments open any more: free what no other has.
+
+    Raises
+    ------
+    StagingError
+        Some could not be freed; they will be tried again.
+    """
+    errors: list[StagingError] = []
+    for held in list(_HELD):
+        held.engines.difference_update(engines)
+        if held.engines:
+            continue
+        for name, segment in list(held.segments.items()):
+            try:
+                segment.close()
+                del held.segments[name]
+            except StagingError as error:
+                errors.append(error)
+        if not held.segments:
+            _HELD.remove(held)
+    if errors:
+        raise errors[0]
 
 
 class Mirrors:
@@ -145,52 +167,50 @@ class Mirrors:
         self._places: dict[bytes, int] | None = None  # rank 0: GPU → rank
 
     def make(
-        self, engine: str, segments: list[memory.Segment], gpus: Collection[bytes]
+        self, engines: Collection[str], segments: list[memory.Segment], gpus: Collection[bytes]
     ) -> dict[bytes, list[memory.Handle]]:
         """Rank 0: mirrors of `segments` on those of `gpus` that a rank has; by GPU.
 
-        The engine's older mirrors are freed, which it must have closed.
+        The engines have closed all older ones.
         """
         if self._places is None:
             self._ranks.order({"mirror": "where"})
             answers = self._ranks.answers()
             self._places = {bytes.fromhex(a["gpu"]): rank for rank, a in answers.items()}
         places = {gpu: self._places[gpu] for gpu in gpus if gpu in self._places}
-        order = {
-            "mirror": engine,
-            "slots": [[s.handle.id.hex(), s.nbytes] for s in segments],
-            "ranks": sorted(places.values()),
-        }
-        self._ranks.order(order)
+        self._ranks.order(
+            {
+                "mirror": "make",
+                "engines": sorted(engines),
+                "slots": [[s.handle.id.hex(), s.nbytes] for s in segments],
+                "ranks": sorted(places.values()),
+            }
+        )
         answers = self._ranks.answers()
         return {
             gpu: [wire.SegmentInfo.decode(bytes.fromhex(one)).handle for one in answers[r]["slots"]]
             for gpu, r in places.items()
         }
 
+    def free(self, engines: Collection[str]) -> None:
+        """Rank 0: the engines have closed all mirrors."""
+        self.make(engines, [], ())
+
     def serve(self, order: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """Another rank, whose weights lie on `device`: what it answers."""
-        engine = order["mirror"]
-        if "slots" not in order:
+        if order["mirror"] == "where":
             return {"gpu": memory.gpu(device).hex()}
-        mirror = _MIRRORS.pop(engine, {})
-        memory.close_all(list(mirror.values()))
+        closed_by(order["engines"])
         if self._ranks.rank not in order["ranks"]:
             return {}
-        mirror = _MIRRORS[engine] = {}
-        for name, nbytes in order["slots"]:
-            mirror[name] = memory.create(device, nbytes)
-        infos = [wire.SegmentInfo(i, s.handle) for i, s in enumerate(mirror.values())]
+        held = _hold(order["engines"])
+        segments = [held.create(device, nbytes, name) for name, nbytes in order["slots"]]
+        infos = [wire.SegmentInfo(i, s.handle) for i, s in enumerate(segments)]
         return {"slots": [info.encode().hex() for info in infos]}
 
     def slot(self, name: str) -> memory.Segment | None:
         """Another rank: its mirror of a slot of rank 0, if it has one."""
-        return next((mirror[name] for mirror in _MIRRORS.values() if name in mirror), None)
-
-
-# By engine: what this process mirrors for it, by what rank 0 calls the slot. A publisher that is
-# closed leaves it, since the engine may have it open.
-_MIRRORS: dict[str, dict[str, memory.Segment]] = {}
+        return next((held.segments[name] for held in _HELD if name in held.segments), None)
 
 
 def _others(plan: Plan, readers: Collection[bytes]) -> frozenset[bytes]:

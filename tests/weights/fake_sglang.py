@@ -249,6 +249,7 @@ class FakeSGLang:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # an answer is two writes
 
             def handle_any(self):
                 length = int(self.headers.get("Content-Length") or 0)

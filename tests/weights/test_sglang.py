@@ -252,6 +252,7 @@ def mapped():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_staging_is_given_back_between_updates(ranks):
     workers = [Fused(rank, ranks) for rank in range(ranks)]
+    gc.collect()  # workers of other tests
     before = mapped()
     with FakeSGLang(*workers) as fake, publisher(fake, "plan", bucket_bytes=1 << 10) as p:
         p.release_staging()  # nothing yet
