@@ -1,13 +1,15 @@
 """What each of two gloo ranks checks of staging on several GPUs; test_mirrored.py starts the ranks.
 
-Rank r has GPU r of the fake driver, and so has rank r of a double of SGLang in a third process: a
-driver refuses to open a handle where it was made.
+Rank r has GPU r of the fake driver. Doubles of SGLang with workers on both run in a third process:
+a driver refuses to open a handle where it was made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
+import json
 import multiprocessing
 import os
 import re
@@ -37,43 +39,55 @@ def gpu(number: int) -> bytes:
     return bytes([0xA0 + number] * 16)
 
 
+class Failing(Fused):
+    gpu = 0
+    fails = False
+
+    def load_weights(self, tensors):
+        super().load_weights(tensors)
+        if self.fails:
+            raise RuntimeError("no more")
+
+
 def serve(pipe) -> None:
-    """The engine: TP=2, each rank on its GPU."""
+    """Three engines: one of TP=2, a rank on each GPU, then one on each."""
     use_fake_cuda()
     torch.set_num_threads(1)
-    workers = [Fused(rank, 2) for rank in range(2)]
+    engines = [[Failing(0, 2), Failing(1, 2)], [Failing()], [Failing()]]
+    engines[0][1].gpu = engines[2][0].gpu = 1
+    sglang_loader.Models.gpu = lambda models: gpu(models._engines[0]._module().gpu)
+    with contextlib.ExitStack() as stack:
+        fakes = [stack.enter_context(FakeSGLang(*workers)) for workers in engines]
+        pipe.send([fake.url for fake in fakes])
+        while True:
+            number, fails = pipe.recv()
+            for worker in engines[number]:
+                worker.fails = fails
+            pipe.send(_state(fakes[number], engines[number]))
 
-    def gpu_of(models: sglang_loader.Models) -> bytes:
-        return gpu(models._engines[0]._module().rank)
 
-    sglang_loader.Models.gpu = gpu_of
-    with FakeSGLang(*workers) as fake:
-        pipe.send(fake.url)
-        while pipe.recv() is not None:
-            loaders = [sglang_loader._LOADERS[worker] for worker in workers]
-            with open("/proc/self/maps") as maps:
-                owners = sorted({int(p) for p in re.findall(r"pyrlk-fake-(\d+)-", maps.read())})
-            pipe.send(
-                {
-                    "weights": [worker.state_dict() for worker in workers],
-                    "version": (fake.version, fake.paused),
-                    "gpus": [
-                        [s.handle.uuid for s in loader._session.segments] if loader._session else []
-                        for loader in loaders
-                    ],
-                    "owners": owners,
-                }
-            )
+def _state(fake: FakeSGLang, workers: list) -> dict:
+    sessions = [
+        loader._session for loader in map(sglang_loader._LOADERS.get, workers) if loader is not None
+    ]
+    with open("/proc/self/maps") as maps:
+        owners = sorted({int(p) for p in re.findall(r"pyrlk-fake-(\d+)-", maps.read())})
+    return {
+        "weights": [worker.state_dict() for worker in workers],
+        "version": (fake.version, fake.paused),
+        "gpus": [[s.handle.uuid for s in session.segments] for session in sessions if session],
+        "owners": owners,
+    }
 
 
 PIPE, ENGINE_PIPE = FORK.Pipe()
 
 
-def engine() -> dict:
-    """What the engine is in now; every rank asks."""
+def engine(number: int = 0, fails: bool = False) -> dict:
+    """What an engine is in now, and whether it fails from now on; every rank asks."""
     state = [None]
     if dist.get_rank() == 0:
-        PIPE.send("state")
+        PIPE.send((number, fails))
         assert PIPE.poll(20), "the engine hangs"
         state = [PIPE.recv()]
     dist.broadcast_object_list(state, 0)
@@ -81,7 +95,8 @@ def engine() -> dict:
 
 
 def serves(state: dict, sent: dict, version: int) -> bool:
-    wanted = [Fused(rank, 2).wanted(sent) for rank in range(2)]
+    ranks = len(state["weights"])
+    wanted = [Fused(rank, ranks).wanted(sent) for rank in range(ranks)]
     return state["version"] == (str(version), False) and all(
         torch.equal(tensor, want[name])
         for worker, want in zip(state["weights"], wanted, strict=True)
@@ -107,10 +122,15 @@ def scattered(seed: int) -> tuple[Scattered, dict]:
     return source, sent
 
 
-def publisher(bucket_bytes: int = 1 << 10) -> weights.Publisher:
-    target = weights.SGLang(os.environ["ENGINE"], mode="plan", expect=META)
+def publisher(*numbers: int, bucket_bytes: int = 1 << 10) -> weights.Publisher:
+    urls = json.loads(os.environ["ENGINES"])
+    targets = [weights.SGLang(urls[i], mode="plan", expect=META) for i in numbers or (0,)]
     return weights.Publisher(
-        target, group=dist.group.WORLD, buffers=BUFFERS, bucket_bytes=bucket_bytes, timeout=10
+        targets if numbers else targets[0],
+        group=dist.group.WORLD,
+        buffers=BUFFERS,
+        bucket_bytes=bucket_bytes,
+        timeout=10,
     )
 
 
@@ -205,6 +225,26 @@ def a_mirror_with_other_bytes_is_found():
         assert serves(engine(), sent, 42)
 
 
+@check
+def one_gather_serves_engines_on_several_gpus():
+    kept = allocated()  # of the first engine, which may still have it open
+    with publisher(1, 2) as p:
+        for version in range(1, 7):
+            engine(2, fails=version == 2)
+            source, sent = scattered(version)
+            report = p.update(source, version=version)
+            assert source.collectives == report.buckets
+            assert [entry.error is None for entry in report.engines] == [True, version != 2]
+            assert serves(engine(1), sent, version)
+            if version != 2:
+                assert serves(engine(2), sent, version)
+                assert [engine(i)["gpus"] for i in (1, 2)] == [[[gpu(i)] * BUFFERS] for i in (0, 1)]
+                # A session that breaks leaves nothing: its engine has come anew.
+                assert allocated() == kept + BUFFERS
+        p.release_staging()
+        assert allocated() == kept
+
+
 def use_placement() -> None:
     """Tensors of the CPU stand for those of this rank's GPU."""
     from pyrlk.weights import memory
@@ -219,8 +259,8 @@ if __name__ == "__main__":
         os.environ["PYRLK_LIBCUDA"] = build_fake_cuda(Path(folder))
         process = FORK.Process(target=serve, args=(ENGINE_PIPE,), daemon=True)
         process.start()
-        assert PIPE.poll(20), "the engine does not start"
-        os.environ["ENGINE"] = PIPE.recv()
+        assert PIPE.poll(20), "the engines do not start"
+        os.environ["ENGINES"] = json.dumps(PIPE.recv())
         try:
             main()
         finally:
