@@ -3,6 +3,7 @@
     arrive   every rank → 0     what it is about to publish, or its error
     order    0 → every rank     gather bucket b, mirror a ring; or the end: the report, the error
     answer   every rank → 0     that is done, or its error
+    heard    every rank → 0     of an end by an error, after which rank 0 may exit
 
 Words go through the group's own store and never through a collective, so that none is left half
 done. A wait polls: it has a deadline, and a process of this machine that dies is noticed at once.
@@ -28,6 +29,7 @@ from .errors import PeerLost, RanksDisagree, Timeout, UpdateError, heard, said
 
 _NUMBERS: dict[str, Iterator[int]] = {}  # of the publishers of each group, in their order
 _PAUSES = (0.0005, 0.02)  # between two looks: the first, and the longest, in seconds
+_LINGER = 1.0  # seconds at most for the others to hear of an error: the store may end with rank 0
 
 
 class Ranks:
@@ -129,6 +131,7 @@ class Ranks:
         except BaseException as error:
             with contextlib.suppress(UpdateError):
                 self.order({"end": {"error": said(error)}})
+                self._linger()
             raise
         self.order({"end": {"result": result}})
         return result
@@ -148,6 +151,19 @@ class Ranks:
                     raise RanksDisagree(
                         f"{what}: {wanted!s:.200} on rank 0, {wish.get(what)!s:.200} on rank {rank}"
                     )
+
+    def _linger(self) -> None:
+        """Until every rank that came and lives has heard of the end."""
+        deadline = time.monotonic() + min(_LINGER, self._timeout)
+        for rank in range(1, self.size):
+            self._new.append(self._key(f"heard/{rank}"))
+            with _talking():
+                came = self._store.check([self._key(f"arrive/{rank}")])
+            while came and time.monotonic() < deadline and rank not in self._ended():
+                with _talking():
+                    if self._store.check([self._key(f"heard/{rank}")]):
+                        break
+                time.sleep(_PAUSES[0])
 
     def _collect(self, what: str) -> dict[int, dict[str, Any]]:
         deadline = time.monotonic() + self._timeout
@@ -173,6 +189,8 @@ class Ranks:
             self._order = number
             if "end" in what:
                 if "error" in what["end"]:
+                    with contextlib.suppress(UpdateError):
+                        self._post(f"heard/{self.rank}", {})
                     raise heard(what["end"]["error"])
                 return what["end"]["result"]
             try:
@@ -195,14 +213,14 @@ class Ranks:
         key = self._key(name)
         pause, longest = _PAUSES
         while True:
-            lost = self._lost()
+            ended = self._ended()
             with _talking():
                 if self._store.check([key]):
                     return json.loads(self._store.get(key))
                 if not self.leads and not self._peers and self._store.check([self._key("leader")]):
                     self._watch(0, json.loads(self._store.get(self._key("leader"))))
-            if lost is not None:
-                raise PeerLost(f"rank {lost} of the trainer has died")
+            if ended:
+                raise PeerLost(f"rank {ended[0]} of the trainer has died")
             if time.monotonic() >= deadline():
                 raise Timeout(f"{who} of the trainer was not heard of for {self._timeout:g} s")
             time.sleep(pause)
@@ -215,13 +233,13 @@ class Ranks:
         with contextlib.suppress(OSError, AttributeError):
             self._peers[rank] = os.pidfd_open(process["pid"])
 
-    def _lost(self) -> int | None:
-        """A rank whose process has ended."""
+    def _ended(self) -> list[int]:
+        """Ranks of this machine whose process has ended."""
         poller = select.poll()
         for fd in self._peers.values():
             poller.register(fd, select.POLLIN)
         ended = {fd for fd, _ in poller.poll(0)}
-        return next((rank for rank, fd in self._peers.items() if fd in ended), None)
+        return [rank for rank, fd in self._peers.items() if fd in ended]
 
     @contextlib.contextmanager
     def _beating(self) -> Iterator[None]:
