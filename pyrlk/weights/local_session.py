@@ -138,15 +138,15 @@ class LocalSession:
 
     def stage(self, plan: Plan, buffers: int) -> None:
         """Have slots that are large enough, on the right device, open on both sides."""
-        readers = {self.welcome.gpu}
-        if self._staging.fits(plan, buffers, {self._path}, readers):
+        need = plan.need(buffers, [self._path], [self.welcome.gpu])
+        if self._staging.fits(need):
             return
         if self._staging.ring.slots:
             # The importer closes before the exporter frees.
             self._send(Type.RETIRE, wire.Retire(direct_only=False).encode())
             self._expect(Type.RETIRED)
             self._opened = []
-        self._staging.build(plan, buffers, {self._path}, readers)
+        self._staging.build(need)
         for info, fds in self._staging.opens(self.welcome.gpu):
             self._send(Type.SEGMENT, info.encode(), fds)
             self._expect(Type.OPENED)

@@ -10,6 +10,7 @@ import abc
 import hashlib
 import weakref
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .errors import PeerLost, StaleVersion, Timeout, UpdateError
 from .ranks import Ranks
 from .references import References
 from .source import Sharded, Source, Work
-from .staging import Mirrors
+from .staging import Mirrors, Need
 
 
 class Plan(abc.ABC):
@@ -35,6 +36,17 @@ class Plan(abc.ABC):
         self.references = References()
         self.mirrors: Mirrors | None = None  # on the other ranks, where they gather too
         self._sums: dict[int, list[int]] = {}  # of each bucket, as last filled and summed
+
+    def need(self, buffers: int, engines: Iterable[str], readers: Iterable[bytes]) -> Need:
+        """What these engines' readers need of a ring of at most so many slots."""
+        return Need(
+            self.device,
+            min(buffers, self.layout.staged),
+            self.layout.slot_bytes,
+            frozenset(engines),
+            frozenset(readers),
+            self.mirrors,
+        )
 
     @abc.abstractmethod
     def start(self, bucket: int, segment: memory.Segment, verify: bool) -> Work:

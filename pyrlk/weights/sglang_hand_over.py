@@ -11,33 +11,51 @@ import collections
 import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from . import memory, wire
 from .errors import UpdateError
 from .packing import Plan
 from .report import Clock
-from .staging import Staging
+from .staging import Need, Staging
 
-if TYPE_CHECKING:
-    from .sglang_plan import PlanSession
+
+class Engine(Protocol):
+    """What is asked of an engine whose ranks have checked the update; each step may raise."""
+
+    buffers: int
+    timeout: float
+    staging: Staging
+    handed_over: bool
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def gpus(self) -> set[bytes]: ...  # of its processes
+    def retire(self) -> None: ...  # they close the ring
+    def open(self, staging: Staging) -> None: ...
+    def announce(self, message: wire.Bucket) -> None: ...
+    def await_reads(self, slot: int, deadline: float) -> None: ...
+    def await_applied(self) -> None: ...
+    def finish(self, plan: Plan) -> wire.Applied: ...  # and go on under the new version
+    def give_up(self, error: UpdateError) -> UpdateError: ...
 
 
 class HandOver:
-    """One update of several engines whose ranks have checked it.
+    """One update of several engines.
 
     Parameters
     ----------
-    sessions : sequence of PlanSession
+    engines : sequence of Engine
     plan : Plan
     isolate : bool
         False: until a byte was handed over, an engine that fails stops all.
     """
 
-    def __init__(self, sessions: Sequence[PlanSession], plan: Plan, isolate: bool):
-        self._sessions, self._plan, self._isolate = list(sessions), plan, isolate
-        self._left = list(sessions)
-        self._results: dict[PlanSession, wire.Applied | UpdateError] = {}
+    def __init__(self, engines: Sequence[Engine], plan: Plan, isolate: bool):
+        self._engines, self._plan, self._isolate = list(engines), plan, isolate
+        self._left = list(engines)
+        self._results: dict[Engine, wire.Applied | UpdateError] = {}
         self._ring = memory.Ring([])
         self._busy: collections.deque[memory.Slot] = collections.deque()  # the oldest first
 
@@ -46,9 +64,9 @@ class HandOver:
         try:
             self._run(verify, clock)
         except UpdateError as error:
-            for session in self._left:
-                self._results[session] = session.give_up(error)
-        return [self._results[session] for session in self._sessions]
+            for engine in self._left:
+                self._results[engine] = engine.give_up(error)
+        return [self._results[engine] for engine in self._engines]
 
     def _run(self, verify: bool, clock: Clock) -> None:
         self._stage()
@@ -59,7 +77,7 @@ class HandOver:
             if not self._left:
                 return
             slot.fill()
-            timeout = min(session.timeout for session in self._left)
+            timeout = min(engine.timeout for engine in self._left)
             sums = self._plan.start(bucket, slot.segment, verify).wait(timeout)
             slot.ready()
             self._busy.append(slot)
@@ -74,40 +92,31 @@ class HandOver:
         self._each(self._finish)
         clock.lap("finish")
 
-    def _finish(self, session: PlanSession) -> None:
-        self._results[session] = session.finish(self._plan)
-        self._left.remove(session)
+    def _finish(self, engine: Engine) -> None:
+        self._results[engine] = engine.finish(self._plan)
+        self._left.remove(engine)
 
     def _stage(self) -> None:
         """One ring for all, open in every rank: that of any of the engines, if it will do."""
-        staging = self._fitting()
+        need = self._need()
+        staging = next((e.staging for e in self._left if e.staging.fits(need)), None)
         if staging is None:
             self._each(operator.methodcaller("retire"))
             staging = Staging()
-            staging.build(
-                self._plan,
-                min((session.buffers for session in self._left), default=0),
-                [session.url for session in self._left],
-                self._readers(),
-            )
+            staging.build(self._need())
         self._each(operator.methodcaller("open", staging))
         self._ring = staging.ring
 
-    def _fitting(self) -> Staging | None:
-        engines = [session.url for session in self._left]
-        for session in self._left:
-            staging = session.staging
-            if staging.fits(self._plan, session.buffers, engines, self._readers()):
-                return staging
-        return None
-
-    def _readers(self) -> set[bytes]:
-        return {gpu for session in self._left for gpu in session.gpus}
+    def _need(self) -> Need:
+        buffers = min((engine.buffers for engine in self._left), default=0)
+        readers = (gpu for engine in self._left for gpu in engine.gpus)
+        return self._plan.need(buffers, (engine.url for engine in self._left), readers)
 
     def _free_slot(self) -> memory.Slot:
         slot = self._ring.free_slot()
         if slot is None:
-            deadline = time.monotonic() + min((s.timeout for s in self._left), default=0.0)
+            patience = min((engine.timeout for engine in self._left), default=0.0)
+            deadline = time.monotonic() + patience
             self._each(operator.methodcaller("await_reads", self._busy[0].index, deadline))
             slot = self._freed()
         return slot
@@ -118,13 +127,13 @@ class HandOver:
         self._ring.ack(slot.index, slot.generation)
         return slot
 
-    def _each(self, step: Callable[[PlanSession], object]) -> None:
+    def _each(self, step: Callable[[Engine], object]) -> None:
         """A step on every engine that is left; without those on which it fails."""
-        for session in list(self._left):
+        for engine in list(self._left):
             try:
-                step(session)
+                step(engine)
             except UpdateError as error:
                 if not (self._isolate or any(one.handed_over for one in self._left)):
                     raise
-                self._left.remove(session)
-                self._results[session] = session.give_up(error)
+                self._left.remove(engine)
+                self._results[engine] = engine.give_up(error)

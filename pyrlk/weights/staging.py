@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,8 +19,31 @@ from . import memory, wire
 from .errors import StagingError
 from .ranks import Ranks
 
-if TYPE_CHECKING:
-    from .packing import Plan
+
+@dataclass(frozen=True)
+class Need:
+    """What an update needs of a ring.
+
+    device : where rank 0 stages
+    slots, slot_bytes : how many, and of how many bytes at least
+    engines : addresses of those that read
+    readers : UUIDs of the GPUs of their processes, `memory.NO_GPU` for one on the host
+    mirrors : where other ranks gather too
+    """
+
+    device: torch.device
+    slots: int
+    slot_bytes: int
+    engines: frozenset[str]
+    readers: frozenset[bytes]
+    mirrors: Mirrors | None = None
+
+    @property
+    def gpus(self) -> frozenset[bytes]:
+        """Where a mirror should be: the readers' GPUs that rank 0's memory is not on."""
+        if self.mirrors is None or self.device.type != "cuda":
+            return frozenset()
+        return self.readers - {memory.NO_GPU, memory.gpu(self.device)}
 
 
 class Staging:
@@ -29,43 +52,25 @@ class Staging:
     def __init__(self) -> None:
         self.ring = memory.Ring([])
         self._held = _Held(set(), {})
-        self._device = torch.device("cpu")
-        self._gpus: frozenset[bytes] = frozenset()  # of the readers, that are to have a mirror
-        self._mirrors: Mirrors | None = None
+        self._need = Need(torch.device("cpu"), 0, 0, frozenset(), frozenset())
         self._handles: dict[bytes, list[memory.Handle]] = {}  # of the mirrors, by GPU
 
     @property
     def on_gpu(self) -> bool:
-        return self._device.type == "cuda"
+        return self._need.device.type == "cuda"
 
-    def fits(
-        self, plan: Plan, buffers: int, engines: Collection[str], readers: Collection[bytes]
-    ) -> bool:
-        """Whether the slots are enough for a plan, large enough, and where its readers are.
-
-        Parameters
-        ----------
-        plan : Plan
-        buffers : int
-            Slots at most.
-        engines : collection of str
-            Their addresses.
-        readers : collection of bytes
-            UUIDs of the GPUs of their processes, `memory.NO_GPU` for one on the host.
-        """
+    def fits(self, need: Need) -> bool:
+        """Whether the slots are enough, large enough, and where their readers are."""
         slots = self.ring.slots
-        wanted = min(buffers, plan.layout.staged)
-        if len(slots) < wanted or any(s.segment.nbytes < plan.layout.slot_bytes for s in slots):
+        if len(slots) < need.slots or any(s.segment.nbytes < need.slot_bytes for s in slots):
             return False
-        if not wanted:
+        if not need.slots:
             return True
-        same = plan.mirrors is self._mirrors and _others(plan, readers) == self._gpus
-        return same and plan.device == self._device and self._held.engines.issuperset(engines)
+        same = need.device == self._need.device and need.mirrors is self._need.mirrors
+        return same and need.gpus == self._need.gpus and self._held.engines >= need.engines
 
-    def build(
-        self, plan: Plan, buffers: int, engines: Collection[str], readers: Collection[bytes]
-    ) -> None:
-        """Slots for a plan. The engines have none of ours open: those of theirs are freed.
+    def build(self, need: Need) -> None:
+        """New slots. The engines have none of ours open: those of theirs are freed.
 
         Raises
         ------
@@ -73,19 +78,15 @@ class Staging:
             Too little memory, here or where a mirror should be.
         """
         slots = self.ring.slots
-        count = max(len(slots), min(buffers, plan.layout.staged))
-        nbytes = max([plan.layout.slot_bytes, *(slot.segment.nbytes for slot in slots)])
+        count = max(len(slots), need.slots)
+        nbytes = max([need.slot_bytes, *(slot.segment.nbytes for slot in slots)])
         self.ring = memory.Ring([])
-        closed_by(engines)
-        self._device = plan.device
-        self._held = _hold(engines)
-        segments: list[memory.Segment] = []
-        for _ in range(count):
-            segments.append(self._held.create(plan.device, nbytes))
-        mirrored, self._handles = bool(self._handles), {}
-        self._mirrors, self._gpus = plan.mirrors, _others(plan, readers)
-        if plan.mirrors is not None and (self._gpus or mirrored):
-            self._handles = plan.mirrors.make(engines, segments, self._gpus)
+        closed_by(need.engines)
+        mirrored, self._handles, self._need = bool(self._handles), {}, need
+        self._held = _hold(need.engines)
+        segments = [self._held.create(need.device, nbytes) for _ in range(count)]
+        if need.mirrors is not None and (need.gpus or mirrored):
+            self._handles = need.mirrors.make(need.engines, segments, need.gpus)
         self.ring = memory.Ring(segments)
 
     def opens(self, reader: bytes) -> Iterator[tuple[wire.SegmentInfo, list[int]]]:
@@ -211,10 +212,3 @@ class Mirrors:
     def slot(self, name: str) -> memory.Segment | None:
         """Another rank: its mirror of a slot of rank 0, if it has one."""
         return next((held.segments[name] for held in _HELD if name in held.segments), None)
-
-
-def _others(plan: Plan, readers: Collection[bytes]) -> frozenset[bytes]:
-    """The readers' GPUs that rank 0's memory is not on."""
-    if plan.mirrors is None or plan.device.type != "cuda":
-        return frozenset()
-    return frozenset(readers) - {memory.NO_GPU, memory.gpu(plan.device)}
