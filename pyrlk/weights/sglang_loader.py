@@ -140,6 +140,7 @@ class _Loader(Receiver):
             self._reached = payload.path
         attach = wire.Attach(payload.nonce, _BOOT, payload.rank)
         self._send(Type.ATTACH, 0, attach.encode())
+        self.last_error = None
         # One update, or the publisher's word that there is none.
         if not self.poll(self._timeout) and self.last_error is not None:
             _LOG.warning("pyrlk: weight update: %s", self.last_error)
