@@ -105,7 +105,7 @@ sys.exit(bench.main(["--device", "cuda", "--quick", "--write", sys.argv[1], *sys
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "op", ["policy_loss", "linear", "score", "sample", "verify", "scaling", "schedules"]
+    "op", ["policy_loss", "linear", "score", "sample", "verify", "scaling", "pack", "schedules"]
 )
 def test_benches_run_on_a_device_that_is_not_there(tmp_path, op):
     code, output = run(
