@@ -1,8 +1,9 @@
-"""Weights into staging memory: 18,867 tensors of Qwen3-30B-A3B's shapes, on a CPU every size an eighth.
+"""Weights into staging memory: 18,867 tensors of Qwen3-30B-A3B's shapes.
 
-Limit, measured in the same rounds: one memcpy of as many bytes, on a CPU split evenly over as many
-threads; on a GPU bucket by bucket, as packing goes. And on a CPU the whole of an update, between two
-processes, of 3,000 small tensors, where the bytes cost nothing.
+Limit, measured in the same rounds: one memcpy of as many bytes. On a CPU every size is an eighth,
+and the copy is split evenly over as many threads; on a GPU it goes bucket by bucket, as packing
+does. And on a CPU the whole of an update, between two processes, of 3,000 small tensors, where the
+bytes cost nothing.
 """
 
 from __future__ import annotations
