@@ -190,19 +190,24 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         else:
             signature[name] = parameter.annotation_type or "fp32"
     capability = TARGETS[target].arch if target.startswith("sm_") else 0
-    options = pack.LAUNCH if kernel is pack.pack_fwd_kernel else row.LAUNCH
-    if kernel is speculative.verify_accept_fwd_kernel:
-        options = speculative.ACCEPT_LAUNCH
-    elif kernel is sample.sample_fwd_kernel or kernel.__module__ == speculative.__name__:
-        options = sample.SEARCH | row.registers(4, capability)
-    elif kernel in (_LOSS, _SCORE) and _wide(constants):
-        options = options | row.registers(ITEM[dtype], capability)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options=dict(options))
+    options = launch_options(kernel, constants, capability)
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def _wide(constants: dict) -> bool:
-    return "ids_ptr" not in constants or constants.get("ENTROPY_BONUS", False)
+def launch_options(kernel, constants: dict, capability: int) -> dict:
+    """What its launcher adds to the arguments."""
+    if kernel is pack.pack_fwd_kernel:
+        return pack.LAUNCH
+    if kernel is sample.sample_tiles_fwd_kernel:
+        return sample.tiles_options(capability)
+    if kernel is speculative.verify_accept_fwd_kernel:
+        return row.options(capability, speculative.ACCEPT_WARPS)
+    if kernel is sample.sample_fwd_kernel or kernel.__module__ == speculative.__name__:
+        return row.options(capability, **sample.SEARCH)
+    if kernel in (_LOSS, _SCORE) and "ids_ptr" not in constants:
+        return row.options(capability, registers=kept.REGISTERS)
+    return row.options(capability)
 
 
 def inspect_kernel(name, kernel, constants: dict, target: str, dtype: str, aligned=True) -> Entry:
@@ -249,7 +254,7 @@ def _read_nvidia(compiled):
         )
     registers = _number(r"REG:(\d+)", usage)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    sweeps = find_sweeps(sass, row.GROUP.value * row.TILE // (row.LAUNCH["num_warps"] * 32))
+    sweeps = find_sweeps(sass, row.GROUP.value * row.TILE // (row.options(0)["num_warps"] * 32))
     widths = _widths(sass, "LDG"), _widths(sass, "STG")
     return registers, spills, *widths, sweeps, shortest_trip(sass)
 
@@ -330,7 +335,7 @@ def main(arguments=None) -> int:
     if options.json:
         data = {
             "triton": triton.__version__,
-            "options": dict(row.LAUNCH),
+            "options": row.options(90),
             "tile": row.TILE,
             "kernels": [
                 dataclasses.asdict(e) | {"sweeps": [s._asdict() for s in e.sweeps]} for e in entries

@@ -33,6 +33,7 @@ def op(
 
     def register(body: Callable) -> Any:
         signature, pack = _flattened(body)
+        body, device_body = _on_its_device(body), _on_its_device(cuda or body)
 
         def packed(function: Callable) -> Callable:
             @functools.wraps(body)
@@ -47,11 +48,24 @@ def op(
             f"pyrlk::{name}", packed(body), mutates_args=mutates, device_types=devices
         )
         if cuda is not None:
-            made.register_kernel("cuda")(packed(cuda))
+            made.register_kernel("cuda")(packed(device_body))
         made.register_fake(packed(fake))
-        return made if mutates else _Eager(made, body, cuda or body, pack)
+        return made if mutates else _Eager(made, body, device_body, pack)
 
     return register
+
+
+def _on_its_device(body: Callable) -> Callable:
+    """The body, with the device of its first tensor as the current one, which Triton launches on."""
+
+    @functools.wraps(body)
+    def call(x, *args):
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return body(x, *args)
+        with torch.cuda.device(x.device):
+            return body(x, *args)
+
+    return call
 
 
 class _Eager:
@@ -133,7 +147,7 @@ def by_device(*, cpu: Callable, cuda: Callable) -> Callable:
     def kernel(x: Tensor, *args):
         return (cuda if x.is_cuda else cpu)(x, *args)
 
-    return kernel
+    return _on_its_device(kernel)
 
 
 def mutates_only(*_args, **_kwargs) -> None:

@@ -171,7 +171,7 @@ def token_logprobs_fwd(
         TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
-        **(_row.LAUNCH if kept is None else _row.wide_launch(logits)),
+        **_row.launch(logits, registers=128 if kept is None else _kept.REGISTERS),
     )
 
 
@@ -319,5 +319,5 @@ def token_logprobs_bwd(
         TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
-        **_row.LAUNCH,
+        **_row.launch(logits),
     )

@@ -23,7 +23,7 @@ CHUNK = 1 << 16
 # Groups of 16 bytes, and words, that a program takes at a time: four wide loads a thread.
 BLOCK = 1024
 WORDS = 256
-LAUNCH = {"num_warps": 8}
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 _COLUMNS = tl.constexpr(6)
 
 

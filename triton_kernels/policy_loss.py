@@ -23,6 +23,7 @@ from .kept import kept_statistics, write_kept_gradient
 from .objective import log_ratio_of, token_loss
 from .row import (
     GROUP,
+    columns,
     entropy_of,
     group_statistics,
     load_group,
@@ -141,7 +142,7 @@ def policy_loss_fwd_kernel(
         whole = False
         if SCHEDULE == "cooperative":
             whole = start + GROUP * BLOCK <= vocab_size
-            z = tl.zeros([GROUP, BLOCK], logits_ptr.dtype.element_ty)
+            z = tl.zeros_like(columns(z_ptr, start, BLOCK)).to(logits_ptr.dtype.element_ty)
         if counted:
             tau = load_temperature(temperature_ptr, temperature, row)
             c = scale_of(tau)
@@ -173,12 +174,13 @@ def policy_loss_fwd_kernel(
                         z = load_group(
                             z_ptr, start, vocab_size, width, TAIL, "evict_first", True, BLOCK
                         )
-                        m, s, e = group_statistics(z, c, ENTROPY)
+                        tile_m, tile_s, tile_e = group_statistics(z, c, ENTROPY)
                     else:
-                        m, s, e = load_group_statistics(
+                        tile_m, tile_s, tile_e = load_group_statistics(
                             z_ptr, start, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK
                         )
-                    publish(exchange_ptr, row * parts + item % parts, m, s, e, z_token)
+                    group = row * parts + item % parts
+                    publish(exchange_ptr, group, tile_m, tile_s, tile_e, z_token)
                     meet(arrived_ptr, row, parts)
                 m, s, e, z_token = collect(exchange_ptr, row, parts, c, ENTROPY)
             logprob = logprob_of(m, s, z_token, tau)
@@ -342,7 +344,8 @@ def policy_loss_fwd(
     elif schedule is None:
         schedule = _schedule.choose(r.count, parts, _schedule.processors(logits))
     exchange = arrived = None
-    launch = _row.wide_launch(logits) if bonus or kept is not None else dict(_row.LAUNCH)
+    registers = _schedule.registers(schedule) if kept is None else _kept.REGISTERS
+    launch = _row.launch(logits, registers=registers)
     if schedule.kind == "rows":
         parts = 1
     elif schedule.kind == "split":
@@ -487,5 +490,5 @@ def scale_(x, scale):
         ALIGN=r.align,
         TAIL=r.tail,
         BLOCK=_row.TILE,
-        **_row.LAUNCH,
+        **_row.launch(x),
     )

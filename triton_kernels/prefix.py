@@ -79,13 +79,17 @@ def fold(x):
 
 
 @triton.jit
-def load_allowed(z_ptr, allowed_ptr, start, vocab_size, BLOCK: tl.constexpr):
-    """The tile at `start`, −inf beyond the row and where the bit of a token is 0."""
-    z = load_tile(z_ptr, start, vocab_size, BLOCK)
+def load_allowed(
+    z_ptr, allowed_ptr, start, vocab_size, BLOCK: tl.constexpr, SPREAD: tl.constexpr = False
+):
+    """`load_tile` with −inf where the bit of a token is 0; `start` is a multiple of 32."""
+    z = load_tile(z_ptr, start, vocab_size, BLOCK, SPREAD)
     if allowed_ptr is not None:
-        at = start + tl.arange(0, BLOCK)
-        word = tl.load(allowed_ptr + at // 32, mask=at < vocab_size, other=0)
-        z = tl.where(((word >> (at % 32)) & 1) != 0, z, float("-inf"))
+        word = start // 32 + tl.arange(0, BLOCK // 32)
+        words = tl.load(allowed_ptr + word, mask=word * 32 < vocab_size, other=0)
+        bit = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
+        by_word = tl.reshape(z, [BLOCK // 32, 32])
+        z = tl.reshape(tl.where(bit != 0, by_word, float("-inf")), z.shape)
     return z
 
 

@@ -5,9 +5,10 @@
     log π(a) = (z_a − m)/τ − ln s         H = ln s − ln2·E/s
     ∂ℓ/∂z = (1/τ)·[ g·(e_a − π) − h·π·(log π + H) ] = 2^y·(k1 + k2·y), and its own value at z_a
 
-A row is read in groups of four tiles of 4096 columns. Each tile has its own (m, s, E); the tiles of
-a group are combined in order, then the groups: the bits depend on the row alone, whoever shares the
-work (policy_loss.py). Reductions follow the layout the compiler picks for a load, which depends on
+A row is read in groups of four tiles of 4096 columns, two warps a tile: a thread has 64 columns of
+one tile and adds those up first. Each tile has its own (m, s, E). Tiles 4 apart are combined in
+order, and at the end of the row the four results: the bits depend on the row alone, whoever shares
+the work (schedule.py). Reductions follow the layout the compiler picks for a load, which depends on
 dtype and alignment: kernels give equal bits where those are equal.
 """
 
@@ -21,24 +22,22 @@ import triton.language as tl
 TILE = 4096
 GROUP = tl.constexpr(4)  # tiles
 
-# Fusion is off everywhere: a multiply-add that one kernel fuses and another does not would break
-# the promise that scorer and sampler report the same bits. Eight warps fix the order of reductions
-# for the same reason.
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 
+def options(capability: int, num_warps: int = 8, registers: int = 128) -> dict:
+    """Launch options on a device of that capability.
 
-def registers(itemsize: int, capability: int) -> dict[str, int]:
-    """Launch options of a kernel that holds more scalars than most: kept sets, an entropy bonus.
-
-    ptxas likes to stop at 128 registers, with which two programs fit on a multiprocessor, and puts
-    the rest into memory. Where the other kernels take more than that anyway, so may these.
+    Fusion is off everywhere: a multiply-add that one kernel fuses and another does not would break
+    the promise that scorer and sampler report the same bits. Eight warps, two of them a tile, fix
+    the order of reductions for the same reason. With 128 registers a thread two programs of eight
+    warps fit on a multiprocessor and hide each other's latency.
     """
-    return {"maxnreg": 192} if capability and (itemsize == 4 or capability >= 100) else {}
+    limit = {"maxnreg": registers} if capability else {}
+    return {"num_warps": num_warps, "enable_fp_fusion": False} | limit
 
 
-def wide_launch(logits: torch.Tensor) -> dict:
-    """LAUNCH of such a kernel."""
-    return LAUNCH | registers(logits.element_size(), capability(logits))
+def launch(x: torch.Tensor, num_warps: int = 8, registers: int = 128) -> dict:
+    """The same for the device of x."""
+    return options(capability(x), num_warps, registers)
 
 
 def capability(x: torch.Tensor) -> int:
@@ -77,7 +76,9 @@ def rows(x: torch.Tensor) -> Rows:
     inner, stride_inner = levels[-1] if levels else (1, 0)
     stride_outer = levels[0][1] if len(levels) == 2 else 0
     bytes_ = x.element_size()
-    aligned = all(b % 16 == 0 for b in (x.data_ptr(), stride_outer * bytes_, stride_inner * bytes_))
+    # One row alone must be read as in a batch: the stride to a row that is not there counts too.
+    strides = x.stride()[:-1] or x.shape
+    aligned = all(b % 16 == 0 for b in (x.data_ptr(), *(stride * bytes_ for stride in strides)))
     return Rows(
         math.prod(x.shape[:-1]),
         max(inner, 1),
@@ -130,28 +131,25 @@ def scale_of(tau):
 
 
 @triton.jit
-def tile_statistics(z, c, ENTROPY: tl.constexpr = True, AXIS: tl.constexpr = 0):
-    """(m, s, E) of one tile, or of each row of tiles; E is 0 without ENTROPY.
-
-    −inf weighs 0; NaN, +inf make s NaN; all −inf gives (−inf, 0, 0).
-    """
-    top = tl.max(z, AXIS)
-    reference = tl.where(top == float("-inf"), 0.0, top)
-    y = (z - (reference if AXIS == 0 else reference[:, None])) * c
+def tile_sums(z, m, c, ENTROPY: tl.constexpr, AXIS: tl.constexpr):
+    """(s, E) of a tile [·, RUN] whose maximum is m, or along AXIS 1 of tiles [·, GROUP, RUN]."""
+    reference = tl.where(m == float("-inf"), 0.0, m)
+    y = (z - (reference if AXIS == 0 else reference[None, :, None])) * c
     if ENTROPY:
         # The floor turns −inf into a weight of exactly 0 whose product with y is 0. It keeps NaN.
         y = tl.maximum(y, -200.0, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp2(y)
-        energy = tl.sum(e * y, AXIS)
+        # One exchange between warps for both.
+        s, energy = tl.split(tl.sum(tl.join(tl.sum(e, 0), tl.sum(e * y, 0)), AXIS))
     else:
-        e = tl.exp2(y)
-        energy = tl.zeros_like(top)
-    return top, tl.sum(e, AXIS), energy
+        s = tl.sum(tl.sum(tl.exp2(y), 0), AXIS)
+        energy = tl.zeros_like(s)
+    return s, energy
 
 
 @triton.jit
 def combine(m, s, e, tile_m, tile_s, tile_e, c, ENTROPY: tl.constexpr = True):
-    """(m, s, E) of two neighbouring pieces of a row."""
+    """(m, s, E) of two pieces of a row."""
     top = tl.maximum(m, tile_m)
     reference = tl.where(top == float("-inf"), 0.0, top)
     y = tl.maximum((m - reference) * c, -200.0)
@@ -164,23 +162,29 @@ def combine(m, s, e, tile_m, tile_s, tile_e, c, ENTROPY: tl.constexpr = True):
 
 
 @triton.jit
-def load_tile(z_ptr, start, length, BLOCK: tl.constexpr):
-    """The tile at `start` in float32, −inf beyond the row.
+def columns(ptr, start, BLOCK: tl.constexpr, TILES: tl.constexpr = GROUP):
+    """Columns [·, TILES · RUN] of so many tiles from `start` on: a run of each, the next of each, …
+
+    Of 4096 columns a RUN is 1 KiB: 16 bytes for each thread of two warps, which so share a tile.
+    """
+    RUN: tl.constexpr = 2 * BLOCK // ptr.dtype.element_ty.primitive_bitwidth
+    across = tl.arange(0, TILES * RUN)
+    across = across // RUN * BLOCK + across % RUN
+    return start + (tl.arange(0, BLOCK // RUN)[:, None] * RUN + across[None, :])
+
+
+@triton.jit
+def load_tile(z_ptr, start, length, BLOCK: tl.constexpr, SPREAD: tl.constexpr = False):
+    """The BLOCK columns at `start` in float32, −inf beyond the row; SPREAD: like `columns`.
 
     Whole tiles carry no mask: against a length of unknown divisibility it would narrow the loads.
     """
-    at = start + tl.arange(0, BLOCK)
+    at = columns(z_ptr, start, BLOCK, 1) if SPREAD else start + tl.arange(0, BLOCK)
     if start + BLOCK <= length:
         z = tl.load(z_ptr + at).to(tl.float32)
     else:
         z = tl.load(z_ptr + at, mask=at < length, other=float("-inf")).to(tl.float32)
     return z
-
-
-@triton.jit
-def columns(start, BLOCK: tl.constexpr):
-    """Column numbers [GROUP, BLOCK] of the group at `start`."""
-    return start + tl.arange(0, GROUP)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
@@ -194,12 +198,12 @@ def load_group(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The group at `start` as stored, [GROUP, BLOCK]; −inf from the vocabulary's end on.
+    """The group at `start` as stored, like `columns`; −inf from the vocabulary's end on.
 
     WHOLE: it ends within the vocabulary, no mask. Rounded to TAIL, which divides the width, a mask
     is the same for all elements of a wide load; one of unknown divisibility would narrow it.
     """
-    at = columns(start, BLOCK)
+    at = columns(z_ptr, start, BLOCK)
     if WHOLE:
         z = tl.load(z_ptr + at, eviction_policy=EVICT)
     else:
@@ -220,7 +224,7 @@ def store_group(
     BLOCK: tl.constexpr,
 ):
     """Write the group at `start` in the dtype of the row; nothing beyond its width unless WHOLE."""
-    at = columns(start, BLOCK)
+    at = columns(grad_ptr, start, BLOCK)
     grad = grad.to(grad_ptr.dtype.element_ty)
     if WHOLE:
         tl.store(grad_ptr + at, grad, eviction_policy="evict_first")
@@ -230,28 +234,32 @@ def store_group(
 
 
 @triton.jit
-def pick(x, k: tl.constexpr):
-    """x[k] of a vector [GROUP], whose index every thread knows when it is compiled."""
-    bits = tl.where(tl.arange(0, GROUP) == k, x.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def no_statistics():
-    """(m, s, E) of no column at all; combining with it changes no bit."""
-    m = tl.full([], float("-inf"), tl.float32)
-    zero = tl.full([], 0.0, tl.float32)
-    return m, zero, zero
+    """(m, s, E) of no column at all, for each of four tiles; combining with it changes no bit."""
+    zeros = tl.zeros([GROUP], tl.float32)
+    return zeros + float("-inf"), zeros, zeros
 
 
 @triton.jit
 def group_statistics(z, c, ENTROPY: tl.constexpr):
-    """(m, s, E) of a group of tiles, combined in order."""
-    tile_m, tile_s, tile_e = tile_statistics(z.to(tl.float32), c, ENTROPY, 1)
-    m, s, e = no_statistics()
-    for k in tl.static_range(GROUP):
-        m, s, e = combine(m, s, e, pick(tile_m, k), pick(tile_s, k), pick(tile_e, k), c, ENTROPY)
+    """(m, s, E) [GROUP] of the tiles of a group."""
+    z = tl.reshape(z.to(tl.float32), [z.shape[0], GROUP, z.shape[1] // GROUP])
+    m = tl.max(tl.max(z, 0), 1)
+    s, e = tile_sums(z, m, c, ENTROPY, 1)
     return m, s, e
+
+
+@triton.jit
+def combine_tiles(m, s, e, c, ENTROPY: tl.constexpr):
+    """(m, s, E) of a row from those [GROUP] of its tiles 4k, 4k + 1, 4k + 2, 4k + 3."""
+    m0, m1 = tl.split(tl.reshape(m, [2, 2]))
+    s0, s1 = tl.split(tl.reshape(s, [2, 2]))
+    e0, e1 = tl.split(tl.reshape(e, [2, 2]))
+    m, s, e = combine(m0, s0, e0, m1, s1, e1, c, ENTROPY)
+    m0, m1 = tl.split(m)
+    s0, s1 = tl.split(s)
+    e0, e1 = tl.split(e)
+    return combine(m0, s0, e0, m1, s1, e1, c, ENTROPY)
 
 
 @triton.jit
@@ -266,7 +274,7 @@ def load_group_statistics(
     EVICT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(m, s, E) of the group at `start`."""
+    """(m, s, E) [GROUP] of the tiles of the group at `start`."""
     if start + GROUP * BLOCK <= vocab_size:
         z = load_group(z_ptr, start, vocab_size, width, TAIL, EVICT, True, BLOCK)
         m, s, e = group_statistics(z, c, ENTROPY)
@@ -294,7 +302,7 @@ def statistics(
             z_ptr, start, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK
         )
         m, s, e = combine(m, s, e, group_m, group_s, group_e, c, ENTROPY)
-    return m, s, e
+    return combine_tiles(m, s, e, c, ENTROPY)
 
 
 @triton.jit
@@ -367,7 +375,7 @@ def store_group_gradient(
     grad = element_gradient(z, m, c, k1, k2, ENTROPY)
     if not WHOLE:
         # There π is 0 by value, but 0·k1 is not where k1 is NaN or infinite.
-        grad = tl.where(columns(start, BLOCK) < vocab_size, grad, 0.0)
+        grad = tl.where(columns(grad_ptr, start, BLOCK) < vocab_size, grad, 0.0)
     store_group(grad_ptr, start, grad, width, TAIL, WHOLE, BLOCK)
 
 
@@ -441,7 +449,7 @@ def write_gradient(
 @triton.jit
 def write_zeros(grad_ptr, begin, end, width, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros in the groups [begin, end) of a row, for rows that are masked or have no gradient."""
-    zeros = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
+    zeros = tl.zeros_like(columns(grad_ptr, begin, BLOCK))
     for start in range(begin, end, GROUP * BLOCK):
         if start + GROUP * BLOCK <= width:
             store_group(grad_ptr, start, zeros, width, TAIL, True, BLOCK)

@@ -47,12 +47,13 @@ from .prefix import (
 from .row import (
     GROUP,
     combine,
+    combine_tiles,
     load_token_logit,
     logprob_of,
     no_statistics,
     row_offset,
     scale_of,
-    tile_statistics,
+    tile_sums,
 )
 
 NAN, INF, EMPTY, INVALID, OVERFLOW = 1, 2, 4, 8, 16
@@ -68,8 +69,9 @@ CAPACITY = 4096  # candidates of a list
 MAX_TILES = 128  # of a row: V ≤ 2^19
 # Integers decide in a search, so four warps give the bits of eight; more rows fit a device.
 # They are few, and hold 64-bit masses: registers matter more than programs side by side.
-SEARCH = _row.LAUNCH | {"num_warps": 4}
-_PROGRAMS = 2048  # that a launch over tiles aims at: twice what the largest devices hold
+SEARCH = {"num_warps": 4, "registers": 192}
+# Of two warps, that a launch over tiles aims at: several times what a device holds.
+_PROGRAMS = 8192
 
 # Arguments that change from call to call: lengths, and slices of per-row tensors.
 LENGTHS = ["inner", "stride_outer", "stride_inner", "allowed_stride", "vocab_size"]
@@ -147,20 +149,15 @@ def load_tiles(tiles_ptr, count, MAX_TILES: tl.constexpr):
 
 @triton.jit
 def combined(tiles_ptr, count, c):
-    """s of a row without +inf: its tiles as row.statistics combines them, in groups, in order."""
+    """s of a row without +inf: its tiles as row.statistics combines them."""
     m, s, e = no_statistics()
     for first in range(0, count, GROUP):
-        group_m, group_s, group_e = no_statistics()
-        # Loads of a group are under way together; tiles beyond the row change nothing.
-        for k in tl.static_range(GROUP):
-            tile = tiles_ptr + (first + k) * 4
-            inside = first + k < count
-            tile_m = tl.load(tile, mask=inside, other=float("-inf"))
-            tile_s = tl.load(tile + 1, mask=inside, other=0.0)
-            group_m, group_s, group_e = combine(
-                group_m, group_s, group_e, tile_m, tile_s, 0.0, c, False
-            )
-        m, s, e = combine(m, s, e, group_m, group_s, group_e, c, False)
+        # Tiles beyond the row change nothing.
+        tile = first + tl.arange(0, GROUP)
+        tile_m = tl.load(tiles_ptr + tile * 4, mask=tile < count, other=float("-inf"))
+        tile_s = tl.load(tiles_ptr + tile * 4 + 1, mask=tile < count, other=0.0)
+        m, s, e = combine(m, s, e, tile_m, tile_s, e, c, False)
+    _m, s, _e = combine_tiles(m, s, e, c, False)
     return s
 
 
@@ -190,6 +187,18 @@ def keeps_all(top_k, top_p, min_p, vocab_size):
 def pools_row(top_k, top_p, vocab_size, JOINT: tl.constexpr):
     """Whether top-p applies to the mass of the whole row."""
     return (top_p < 1.0) & (JOINT | (top_k <= 0) | (top_k >= vocab_size))
+
+
+@triton.jit
+def span_maxima(z, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+    """The maximum of every span of a tile."""
+    return tl.max(tl.reshape(z, [BLOCK // SPAN, SPAN]), 1)
+
+
+@triton.jit
+def count_of(found):
+    """How many elements [·, ·] of a tile are true, as float32."""
+    return tl.sum(tl.sum(found.to(tl.float32), 0), 0)
 
 
 @triton.jit(**_OVER_TILES)
@@ -226,24 +235,28 @@ def sample_tiles_fwd_kernel(
     # Of all other rows the search finds it.
     counted = keeps_all(top_k, top_p, min_p, vocab_size)
     for tile in range(first, end):
-        z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK)
-        m, s, _energy = tile_statistics(z, c, False)
+        z = load_allowed(z_ptr, allowed_ptr, tile * BLOCK, vocab_size, BLOCK, True)
+        top = span_maxima(z, BLOCK, SPAN)
+        m = tl.max(top, 0)
+        s, _energy = tile_sums(z, m, c, False, 0)
         nan = tl.full([], 0.0, tl.float32)
-        # A row of finite logits pays nothing for those that are not: they make s NaN.
+        # A row of finite logits pays nothing for those that are not, no register either: they make
+        # s NaN, and are read once more.
         if s != s:
-            nan = tl.sum((z != z).to(tl.float32), 0)
+            nan = count_of(z != z)
             z = clean(z, False)
-            m, s, _energy = tile_statistics(z, c, False)
+            top = span_maxima(z, BLOCK, SPAN)
+            m = tl.max(top, 0)
+            s, _energy = tile_sums(z, m, c, False, 0)
             if m == float("inf"):
-                s = tl.sum((z == float("inf")).to(tl.float32), 0)
+                s = count_of(z == float("inf"))
         finite = tl.full([], BLOCK, tl.float32)
         if counted:
-            finite = tl.sum((z > float("-inf")).to(tl.float32), 0)
+            finite = count_of(z > float("-inf"))
         tl.store(tiles_ptr + tile * 4, m)
         tl.store(tiles_ptr + tile * 4 + 1, s)
         tl.store(tiles_ptr + tile * 4 + 2, finite)
         tl.store(tiles_ptr + tile * 4 + 3, nan)
-        top = tl.max(tl.reshape(z, [BLOCK // SPAN, SPAN]), 1)
         span = tile * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
         tl.store(spans_ptr + span, top.to(spans_ptr.dtype.element_ty))
 
@@ -590,7 +603,7 @@ def sweep_fwd(logits, allowed, filters, joint, exact) -> Swept:
         ALIGN=r.align,
         BLOCK=_row.TILE,
         SPAN=SPAN,
-        **_row.LAUNCH,
+        **tiles_options(_row.capability(logits)),
     )
     if exact:
         sample_masses_fwd_kernel[grid](
@@ -606,9 +619,15 @@ def sweep_fwd(logits, allowed, filters, joint, exact) -> Swept:
             ALIGN=r.align,
             BLOCK=_row.TILE,
             MAX_TILES=MAX_TILES,
-            **_row.LAUNCH,
+            **_row.launch(logits),
         )
     return swept
+
+
+def tiles_options(capability: int) -> dict:
+    """Two warps share a tile, as in row.py; alone they need not wait for those of other tiles."""
+    # ptxas makes more of a register on Hopper than on Blackwell, where it would spill.
+    return _row.options(capability, num_warps=2, registers=128 if capability < 100 else 176)
 
 
 def programs_of_row(rows: int, tiles: int) -> int:
@@ -686,7 +705,7 @@ def sample_fwd(
         SPAN=SPAN,
         CAPACITY=CAPACITY,
         BLOCK=CHUNK,
-        **SEARCH | _row.registers(4, _row.capability(logits)),
+        **_row.launch(logits, **SEARCH),
     )
     return w
 
@@ -801,5 +820,5 @@ def support_fwd(logits, allowed, workspace, kept, status, ids, offsets, bits=Non
         ALIGN=r.align,
         CAPACITY=CAPACITY,
         BLOCK=_row.TILE // 2,
-        **_row.LAUNCH,
+        **_row.launch(logits),
     )

@@ -6,8 +6,8 @@
     cooperative  the same in one launch: a program keeps its group in registers and waits for its
                  neighbours, which run at the same time; memory is read once and written once
 
-Programs meet in `exchange`, float32 [rows, parts, 4] = (m, s, E, z_a) of each group. Every reader
-combines the groups in order: all three schedules give the same bits.
+Programs meet in `exchange`, float32 [rows, parts, 4, 4] = (m, s, E, z_a) of each tile of each group.
+Every reader combines them as `row.statistics` does: all three schedules give the same bits.
 """
 
 import math
@@ -21,6 +21,7 @@ from . import row as _row
 from .row import (
     GROUP,
     combine,
+    combine_tiles,
     load_group_statistics,
     load_temperature,
     load_token_logit,
@@ -30,8 +31,8 @@ from .row import (
 )
 
 # Programs a multiprocessor: two hide each other's latency. Of those that wait for each other no
-# more may be launched than run at once, and one of eight warps always does.
-_PROGRAMS = {"rows": 2, "split": 0, "cooperative": 1}
+# more may be launched than run at once.
+_PROGRAMS = {"rows": 2, "split": 0, "cooperative": 2}
 
 
 class Schedule(NamedTuple):
@@ -60,10 +61,19 @@ def processors(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
+def _each(schedule: Schedule) -> int:
+    """Programs a multiprocessor; 0: as many as there are."""
+    return _PROGRAMS[schedule.kind] if schedule.programs is None else schedule.programs
+
+
+def registers(schedule: Schedule) -> int:
+    """The most a thread may have for that many programs to fit on a multiprocessor."""
+    return min(255, 65536 // (256 * (_each(schedule) or 2)) // 8 * 8)
+
+
 def programs(schedule: Schedule, rows: int, parts: int, x: torch.Tensor) -> int:
     """The number of programs of the launch that writes the gradient."""
-    each = _PROGRAMS[schedule.kind] if schedule.programs is None else schedule.programs
-    room = each * processors(x)
+    room = _each(schedule) * processors(x)
     if schedule.kind == "rows":
         return min(rows, room) if room else rows
     if schedule.kind == "split":
@@ -75,11 +85,12 @@ def programs(schedule: Schedule, rows: int, parts: int, x: torch.Tensor) -> int:
 
 @triton.jit
 def publish(exchange_ptr, item, m, s, e, z_token):
-    """Write what a program knows of its group, past the L1 cache."""
-    tl.store(exchange_ptr + item * 4, m, cache_modifier=".cg")
-    tl.store(exchange_ptr + item * 4 + 1, s, cache_modifier=".cg")
-    tl.store(exchange_ptr + item * 4 + 2, e, cache_modifier=".cg")
-    tl.store(exchange_ptr + item * 4 + 3, z_token, cache_modifier=".cg")
+    """Write what a program knows of the tiles of its group, past the L1 cache."""
+    to_ptr = exchange_ptr + (item * GROUP + tl.arange(0, GROUP)) * 4
+    tl.store(to_ptr, m, cache_modifier=".cg")
+    tl.store(to_ptr + 1, s, cache_modifier=".cg")
+    tl.store(to_ptr + 2, e, cache_modifier=".cg")
+    tl.store(to_ptr + 3, z_token, cache_modifier=".cg")
 
 
 @triton.jit
@@ -97,15 +108,18 @@ def meet(arrived_ptr, row, parts):
 
 @triton.jit
 def collect(exchange_ptr, row, parts, c, ENTROPY: tl.constexpr):
-    """(m, s, E, z_a) of a row from its groups, in order."""
+    """(m, s, E, z_a) of a row from the tiles of its groups."""
     m, s, e = no_statistics()
-    from_ptr = exchange_ptr + row * parts * 4
-    for part in range(parts):
-        group_m = tl.load(from_ptr + part * 4, cache_modifier=".cg")
-        group_s = tl.load(from_ptr + part * 4 + 1, cache_modifier=".cg")
-        group_e = tl.load(from_ptr + part * 4 + 2, cache_modifier=".cg")
+    row_ptr = exchange_ptr + row * parts * (GROUP * 4)
+    from_ptr = row_ptr + tl.arange(0, GROUP) * 4
+    for _part in range(parts):
+        group_m = tl.load(from_ptr, cache_modifier=".cg")
+        group_s = tl.load(from_ptr + 1, cache_modifier=".cg")
+        group_e = tl.load(from_ptr + 2, cache_modifier=".cg")
         m, s, e = combine(m, s, e, group_m, group_s, group_e, c, ENTROPY)
-    return m, s, e, tl.load(from_ptr + 3, cache_modifier=".cg")
+        from_ptr += GROUP * 4
+    m, s, e = combine_tiles(m, s, e, c, ENTROPY)
+    return m, s, e, tl.load(row_ptr + 3, cache_modifier=".cg")
 
 
 @triton.jit(
@@ -147,13 +161,13 @@ def group_statistics_fwd_kernel(
 
 
 def empty_exchange(logits: torch.Tensor) -> torch.Tensor:
-    """Room for (m, s, E, z_a) of every group."""
+    """Room for (m, s, E, z_a) of every tile of every group."""
     rows, width = math.prod(logits.shape[:-1]), logits.shape[-1]
-    return logits.new_empty((rows, _row.parts(width), 4), dtype=torch.float32)
+    return logits.new_empty((rows, _row.parts(width), GROUP.value, 4), dtype=torch.float32)
 
 
 def group_statistics_fwd(logits, tokens, weight, temperature, vocab_size, entropy) -> torch.Tensor:
-    """The exchange of a split schedule: (m, s, E, z_a) of every group of every counted row."""
+    """The exchange of a split schedule, of every counted row."""
     r, parts = _row.rows(logits), _row.parts(logits.shape[-1])
     temperature_ptr, number = _row.split_temperature(temperature)
     exchange = empty_exchange(logits)
@@ -174,6 +188,6 @@ def group_statistics_fwd(logits, tokens, weight, temperature, vocab_size, entrop
         ALIGN=r.align,
         TAIL=r.tail,
         BLOCK=_row.TILE,
-        **_row.LAUNCH,
+        **_row.launch(logits),
     )
     return exchange

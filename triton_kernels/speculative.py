@@ -53,7 +53,7 @@ _VARIES = {
 
 
 # One warp: it decides, and a store of one depth is a load of no other warp.
-ACCEPT_LAUNCH = _row.LAUNCH | {"num_warps": 1}
+ACCEPT_WARPS = 1
 
 
 class Refused(NamedTuple):
@@ -523,12 +523,12 @@ def verify_fwd(
         "CAPACITY": _sample.CAPACITY,
         "MAX_TILES": _sample.MAX_TILES,
     }
-    launch = _sample.SEARCH | _row.registers(4, _row.capability(logits))
+    launch = _row.launch(logits, **_sample.SEARCH)
     lists = workspace.logits, workspace.ids, workspace.found
     verify_accept_fwd_kernel[(batch,)](
         logits, draft_logits, draft_tokens, temperature, seed, position, swept.tiles, swept.masses,
         *lists, workspace.kept_sums, draft[0], draft[2], token, logprob, full_logprob, kept, status,
-        accepted, refused.depth, *rows, **constants, **ACCEPT_LAUNCH,
+        accepted, refused.depth, *rows, **constants, **_row.launch(logits, ACCEPT_WARPS),
     )  # fmt: skip
     if depth == 0:
         return workspace

@@ -38,13 +38,19 @@ class Prefix(NamedTuple):
     ties: Tensor
 
 
+def scale_of(tau: Tensor) -> Tensor:
+    """c = log2(e)/τ, divided as IEEE does: torch takes number / tensor for a product with 1/τ."""
+    c = torch.full_like(tau, math.log2(math.e)) / tau
+    return c.clamp(max=torch.finfo(torch.float32).max)
+
+
 def sample(logits: Tensor, p: Parameters, how: How, allowed: Tensor | None, shard: Shard) -> Drawn:
     """From this rank's columns [..., V_local]; the same on every rank."""
     group = _vocab.process_group(shard)
     z, m, status, layout = _maxima(logits, p, allowed, shard)
     greedy = p.temperature == 0
     tau = torch.where(greedy, 1, p.temperature)
-    c = (math.log2(math.e) / tau).clamp(max=torch.finfo(torch.float32).max)
+    c = scale_of(tau)
     whole = _row_masses(z, m, c)
     filters = _filters(p, m, tau, greedy, how, layout.total)
     z, ids = _candidates(z, filters, m, tau, p, layout)

@@ -298,7 +298,7 @@ def _temperature(at: Actions, like: Tensor) -> tuple[Tensor, Tensor]:
     tau = at.temperatures
     if tau is None:
         tau = torch.full((), at.temperature, dtype=_op.compute_dtype(like), device=like.device)
-    c = (math.log2(math.e) / tau).clamp(max=torch.finfo(tau.dtype).max)
+    c = (math.log2(math.e) / tau.double()).to(tau.dtype).clamp(max=torch.finfo(tau.dtype).max)
     return tau.double(), c.double()
 
 

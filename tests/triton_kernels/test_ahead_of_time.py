@@ -26,18 +26,18 @@ SLOW = [("sm_80", "fp32"), ("sm_100", "fp32"), ("gfx942", "fp32")]
 # instructions an element on sm_90 in bfloat16, a tenth above what was counted. An H200 issues 24 an
 # element in the millisecond that one read and one write of 8192 × 151936 take.
 SWEEPS = {
-    "token_logprobs_fwd": [(1, 0, 11.0)],
-    "token_logprobs_fwd entropy": [(1, 0, 15.0)],
-    "token_logprobs_fwd kept": [(1, 0, 15.0)],
+    "token_logprobs_fwd": [(1, 0, 8.3)],
+    "token_logprobs_fwd entropy": [(1, 0, 11.8)],
+    "token_logprobs_fwd kept": [(1, 0, 11.8)],
     "token_logprobs_bwd": [(1, 1, 7.5)],
     "token_logprobs_bwd entropy": [(1, 1, 10.5)],
-    "group_statistics_fwd": [(1, 0, 11.0)],
-    "policy_loss_fwd dapo rows": [(1, 0, 11.0), (1, 1, 7.5)],
+    "group_statistics_fwd": [(1, 0, 8.7)],
+    "policy_loss_fwd dapo rows": [(1, 0, 8.3), (1, 1, 7.2)],
     "policy_loss_fwd dapo split": [(1, 1, 7.5)],
-    "policy_loss_fwd dapo cooperative": [(1, 0, 11.0), (0, 1, 5.5)],
-    "policy_loss_fwd all rows": [(1, 0, 15.0), (1, 1, 10.5)],
-    "policy_loss_fwd all cooperative": [(1, 0, 15.0), (0, 1, 9.0)],
-    "policy_loss_fwd reinforce rows": [(1, 0, 11.0), (1, 1, 7.5)],
+    "policy_loss_fwd dapo cooperative": [(1, 0, 8.8), (0, 1, 5.8)],
+    "policy_loss_fwd all rows": [(1, 0, 11.8), (1, 1, 10.5)],
+    "policy_loss_fwd all cooperative": [(1, 0, 12.6), (0, 1, 9.0)],
+    "policy_loss_fwd reinforce rows": [(1, 0, 8.3), (1, 1, 7.2)],
     "scale_fwd": [(1, 1, 4.0)],
 }
 # The sampler reads tile by tile, a kept set is gathered: 16-byte loads are counted, not sweeps.
@@ -53,7 +53,7 @@ TILES_READ |= {name: 4 * sum(s[0] for s in sweeps) for name, sweeps in SWEEPS.it
 
 # The same for a tile of the sampler. At 4.3 TB/s an H200 issues 14 for an element in bfloat16, so
 # that the one read costs what memory costs; the read of integer masses costs twice that.
-TRIPS = {"sample_tiles_fwd": 14.0, "sample_masses_fwd": 33.0}
+TRIPS = {"sample_tiles_fwd": 9.9, "sample_tiles_fwd allowed": 12.1, "sample_masses_fwd": 34.0}
 
 
 def child(*arguments):
@@ -108,12 +108,11 @@ def check(entries, target, dtype):
     accesses = 4096 * size // (8 * lanes * 16)
     for name, entry in of_target.items():
         assert entry["spills"] == 0, entry
-        # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency.
-        # Elsewhere the compiler takes more and keeps more loads in flight; one block always fits,
-        # and a cooperative launch counts on no more (a compute unit's blocks are twice as wide).
-        two = target in ("sm_80", "sm_90") and dtype == "bf16"
-        search = name.startswith("sample_fwd")  # of four warps
-        most = 256 if target.startswith("gfx") else 128 if two and not search else 200
+        # 128 registers leave two blocks of 256 threads to an SM, which hide each other's latency;
+        # a cooperative launch counts on both. A search has four warps, a tile of the sampler two;
+        # of a kernel with a kept set one block is enough.
+        other = name.startswith("sample_") or name.endswith(" kept")
+        most = 256 if target.startswith("gfx") else 192 if other else 128
         assert entry["registers"] <= most, entry
         assert entry["shared"] <= 48 << 10, entry
         # Half a tile is 8 bytes a lane of a wave of 64.

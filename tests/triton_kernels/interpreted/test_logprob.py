@@ -52,7 +52,8 @@ def test_logprob_entropy_and_gradient_match_float64(score, vocab, dtype):
     near = truth.abs() <= 16
     torch.testing.assert_close(out.logprob[near].double(), truth[near].detach(), atol=1e-6, rtol=0)
     torch.testing.assert_close(out.logprob.double(), truth.detach(), atol=1e-6, rtol=2e-7)
-    torch.testing.assert_close(out.entropy.double(), entropy.detach(), atol=2e-6, rtol=0)
+    # The interpreter adds 512 partial sums one after the other, where a device adds in a tree.
+    torch.testing.assert_close(out.entropy.double(), entropy.detach(), atol=4e-6, rtol=0)
     # Half an ulp of float16 is 2^-11.
     bound = 4e-6 if dtype == torch.float32 else 5e-4
     assert relative(backward(logits, tokens, temperature, out.stats, g, h), z.grad) <= bound
@@ -191,6 +192,10 @@ def test_rows_know_their_alignment():
     assert row.rows(x.half()).align == 8
     assert row.rows(x[:, 1:]).align == 1
     assert row.rows(torch.empty(4, 15)).align == 1
+    # One row alone is read as in its batch, wherever it begins.
+    assert [row.rows(torch.empty(9, 15)[k : k + 1]).align for k in (0, 1, 8)] == [1, 1, 1]
+    assert row.rows(torch.empty(15)).align == 1
+    assert row.rows(torch.empty(1, 16)).align == row.rows(torch.empty(16)).align == 4
 
 
 def test_empty_inputs_do_nothing(score):
@@ -210,6 +215,7 @@ def test_reinforce_gradient_matches_float64_and_sums_to_zero(dtype):
     assert relative(out, truth) <= (4e-6 if dtype == torch.float32 else 4e-4)
     assert torch.equal(out[2:4], torch.zeros_like(out[2:4]))
     if dtype == torch.float32:
-        assert out.double().sum(-1).abs().max() <= 1e-6
+        # To the rounding of s, a sum of 4097 numbers.
+        assert (out.double().sum(-1).abs() <= 4e-7 * out.double().abs().sum(-1)).all()
     policy_loss.reinforce_grad(logits, tokens, advantages, 0.7, logits)
     assert torch.equal(logits, out)

@@ -137,10 +137,12 @@ def test_programs_of_a_launch(monkeypatch):
     # All programs of a row run at once, or none of them may start.
     assert schedule.programs(Schedule("cooperative", 2), 8192, 10, x) == 260
     assert schedule.programs(Schedule("cooperative", 2), 8192, 7, x) == 259
-    assert schedule.programs(Schedule("cooperative"), 8192, 10, x) == 130
+    assert schedule.programs(Schedule("cooperative"), 8192, 10, x) == 260
+    assert schedule.programs(Schedule("cooperative", 1), 8192, 10, x) == 130
     assert schedule.programs(Schedule("cooperative"), 3, 10, x) == 30
     with pytest.raises(ValueError, match="133 groups, 132 programs"):
-        schedule.programs(Schedule("cooperative"), 8192, 133, x)
+        schedule.programs(Schedule("cooperative", 1), 8192, 133, x)
+    assert [schedule.registers(Schedule("rows", n)) for n in (0, 1, 2, 3)] == [128, 255, 128, 80]
 
 
 @pytest.mark.parametrize("kind", ["rows", "split"])

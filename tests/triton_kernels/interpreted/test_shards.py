@@ -1,11 +1,14 @@
 """A row whose columns are sharded: the statistics of the shards, combined, and their gradients."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from pyrlk import reference
 from pyrlk._rows import Actions, wrong_tokens
-from pyrlk.parallel import vocab
+from pyrlk.parallel import digits, vocab
 from pyrlk.support import Support
 from pyrlk.triton_kernels import logprob
 
@@ -85,3 +88,10 @@ def test_broken_kept_sets_are_found_without_a_loop():
     tokens = torch.tensor([4, 4, 3, 0, 0, 7])
     wrong = wrong_tokens(tokens, Support(ids, offsets), 9)
     assert wrong.tolist() == [False, True, True, True, False, True]
+
+
+def test_the_scale_of_sharded_masses_is_an_ieee_quotient():
+    # As `mass_scale_of` in prefix.py divides: a product with 1/τ would differ for one τ in four.
+    tau = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 2 + 0.01
+    c = np.float32(math.log2(math.e)) / tau.numpy()
+    assert torch.equal(digits.scale_of(tau), torch.from_numpy(c))
