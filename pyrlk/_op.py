@@ -56,7 +56,7 @@ def op(
 
 
 def _on_its_device(body: Callable) -> Callable:
-    """The body, with the device of its first tensor as the current one, which Triton launches on."""
+    """The body, while the device of its first tensor is current: Triton launches on that one."""
 
     @functools.wraps(body)
     def call(x, *args):

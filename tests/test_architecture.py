@@ -9,7 +9,6 @@ import ast
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -272,12 +271,3 @@ def test_cuda_functions_never_call_the_cpu_kernels(name):
         else:
             assert not native or function.name.endswith("_cpu"), f"{name}.{function.name}"
             assert not names & kernels, f"{name}.{function.name} picks a device by itself"
-
-
-def test_by_device_takes_the_kernel_of_the_first_tensor():
-    from pyrlk import _op
-
-    kernel = _op.by_device(cpu=lambda x, y: ("C++", y), cuda=lambda x, y: ("Triton", y))
-    assert kernel(torch.zeros(1), 1) == ("C++", 1)
-    fake = types.SimpleNamespace(is_cuda=True)
-    assert kernel(fake, 2) == ("Triton", 2)

@@ -6,7 +6,7 @@
     cooperative  the same in one launch: a program keeps its group in registers and waits for its
                  neighbours, which run at the same time; memory is read once and written once
 
-Programs meet in `exchange`, float32 [rows, parts, 4, 4] = (m, s, E, z_a) of each tile of each group.
+Programs meet in `exchange`, float32 [rows, parts, 4, 4] = (m, s, E, z_a) of every tile of a group.
 Every reader combines them as `row.statistics` does: all three schedules give the same bits.
 """
 
