@@ -89,6 +89,7 @@ def main(device: str, quick: bool) -> list[dict]:
 
     schedules = {"split": Schedule("split"), "rows, all": Schedule("rows", 0)}
     schedules |= {f"rows, {n} an SM": Schedule("rows", n) for n in (1, 2, 3)}
+    schedules |= {f"rows, {n} stages": Schedule("rows", 2, n) for n in (2, 3)}
     schedules |= {f"cooperative, {n} an SM": Schedule("cooperative", n) for n in (1, 2)}
     schedules = {name: s for name, s in schedules.items() if s.kind in KINDS}
     schedules = {"auto": None} | schedules

@@ -111,6 +111,7 @@ _ALONE = _NUMBER | {"exchange_ptr": None}
 VARIANTS: list[tuple] = [
     ("token_logprobs_fwd", _SCORE, _DENSE | _ALONE | {"entropy_ptr": None}),
     ("token_logprobs_fwd entropy", _SCORE, _DENSE | _ALONE),
+    ("token_logprobs_fwd entropy, 2 stages", _SCORE, _DENSE | _ALONE | {"STAGES": 2}),
     ("token_logprobs_fwd kept", _SCORE, _ALONE),
     ("token_logprobs_bwd", _SCORE_BACK, _DENSE | _NUMBER | {"grad_entropy_ptr": None}),
     ("token_logprobs_bwd entropy", _SCORE_BACK, _DENSE | _NUMBER),
@@ -122,6 +123,7 @@ VARIANTS: list[tuple] = [
     ("policy_loss_fwd all rows", _LOSS, _DENSE | _ALL | _ROWS),
     ("policy_loss_fwd all cooperative", _LOSS, _DENSE | _ALL | _COOPERATIVE),
     ("policy_loss_fwd all kept", _LOSS, _ALL | _ROWS),
+    ("policy_loss_fwd dapo rows, 2 stages", _LOSS, _DENSE | _DAPO | _ROWS | {"STAGES": 2}),
     ("policy_loss_fwd reinforce rows", _LOSS, _DENSE | _REINFORCE | _ROWS),
     ("scale_fwd", policy_loss.scale_fwd_kernel, {}),
     ("sample_tiles_fwd", sample.sample_tiles_fwd_kernel, _FREE),
@@ -167,6 +169,7 @@ def compile_kernel(kernel, constants: dict, target: str, dtype: str, aligned: bo
         "TAIL": vector,
         "BLOCK": row.TILE,
         "KEPT": kept.TILE,
+        "STAGES": 1,
         "SHIFT": {"fp32": 0, "fp16": 13, "bf16": 16}[dtype],
         "TILE": row.TILE,
         "SPAN": sample.SPAN,
@@ -255,7 +258,7 @@ def _read_nvidia(compiled):
     registers = _number(r"REG:(\d+)", usage)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     sweeps = find_sweeps(sass, row.GROUP.value * row.TILE // (row.options(0)["num_warps"] * 32))
-    widths = _widths(sass, "LDG"), _widths(sass, "STG")
+    widths = _widths(sass, "LDG(?:STS)?"), _widths(sass, "STG")
     return registers, spills, *widths, sweeps, shortest_trip(sass)
 
 

@@ -17,7 +17,7 @@ from .row import element_gradient, load_token_logit, statistics
 # Kept sets are tens of tokens: four members a thread, one step for nearly all.
 TILE = 1024
 # A thread's, of a kernel that also holds what a kept set needs; 64-bit sums are large.
-REGISTERS = 160
+REGISTERS = 192
 
 
 def split(kept):

@@ -74,6 +74,7 @@ def token_logprobs_fwd_kernel(
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     ENTROPY: tl.constexpr = entropy_ptr is not None
     row = tl.program_id(0).to(tl.int64)
@@ -110,7 +111,9 @@ def token_logprobs_fwd_kernel(
             m, s, e, z_token = collect(exchange_ptr, row, parts, c, ENTROPY)
         else:
             z_token = load_token_logit(z_ptr, token, vocab_size)
-            m, s, e = statistics(z_ptr, vocab_size, width, c, TAIL, ENTROPY, "evict_first", BLOCK)
+            m, s, e = statistics(
+                z_ptr, vocab_size, width, c, TAIL, ENTROPY, "evict_first", BLOCK, STAGES
+            )
         tl.store(logprob_ptr + row, logprob_of(m, s, z_token, tau).to(tl.float32))
         if entropy_ptr is not None:
             tl.store(entropy_ptr + row, entropy_of(s, e).to(tl.float32))
@@ -171,6 +174,7 @@ def token_logprobs_fwd(
         TAIL=r.tail,
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
+        STAGES=schedule.stages,
         **_row.launch(logits, registers=128 if kept is None else _kept.REGISTERS),
     )
 

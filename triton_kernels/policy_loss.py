@@ -118,6 +118,7 @@ def policy_loss_fwd_kernel(
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
     SCHEDULE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     EVICT: tl.constexpr = "evict_first" if grad_ptr is None else "evict_last"
     for item in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
@@ -166,7 +167,9 @@ def policy_loss_fwd_kernel(
                 )
             elif SCHEDULE == "rows":
                 z_token = load_token_logit(z_ptr, token, vocab_size)
-                m, s, e = statistics(z_ptr, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK)
+                m, s, e = statistics(
+                    z_ptr, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK, STAGES
+                )
             else:
                 if SCHEDULE == "cooperative":
                     z_token = load_token_logit(z_ptr, token, vocab_size)
@@ -401,6 +404,7 @@ def policy_loss_fwd(
         BLOCK=_row.TILE,
         KEPT=_kept.TILE,
         SCHEDULE=schedule.kind,
+        STAGES=schedule.stages,
         **launch,
     )
 

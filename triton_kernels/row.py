@@ -294,13 +294,19 @@ def statistics(
     ENTROPY: tl.constexpr,
     EVICT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr = 1,
 ):
-    """(m, s, E) of the row at `z_ptr`; E is 0 without ENTROPY."""
+    """(m, s, E) of the row at `z_ptr`; E is 0 without ENTROPY. STAGES: see schedule.py."""
     m, s, e = no_statistics()
-    for start in range(0, vocab_size, GROUP * BLOCK):
-        group_m, group_s, group_e = load_group_statistics(
-            z_ptr, start, vocab_size, width, c, TAIL, ENTROPY, EVICT, BLOCK
-        )
+    whole = vocab_size // (GROUP * BLOCK) * (GROUP * BLOCK)
+    for start in tl.range(0, whole, GROUP * BLOCK, num_stages=STAGES):
+        z = load_group(z_ptr, start, vocab_size, width, TAIL, EVICT, True, BLOCK)
+        group_m, group_s, group_e = group_statistics(z, c, ENTROPY)
+        m, s, e = combine(m, s, e, group_m, group_s, group_e, c, ENTROPY)
+    # Once or never. As an `if` it costs the loop above some of its registers.
+    for rest in range(whole, vocab_size, GROUP * BLOCK):
+        z = load_group(z_ptr, rest, vocab_size, width, TAIL, EVICT, False, BLOCK)
+        group_m, group_s, group_e = group_statistics(z, c, ENTROPY)
         m, s, e = combine(m, s, e, group_m, group_s, group_e, c, ENTROPY)
     return combine_tiles(m, s, e, c, ENTROPY)
 

@@ -36,10 +36,15 @@ _PROGRAMS = {"rows": 2, "split": 0, "cooperative": 2}
 
 
 class Schedule(NamedTuple):
-    """A kind of the above, and the programs a multiprocessor; 0: one a row, None: the default."""
+    """A kind of the above, the programs a multiprocessor, and the stages of its first read.
+
+    programs 0: one a row, None: the default. Of "rows" with two stages the next group is on its way
+    to shared memory while one is computed, with three the one after it too.
+    """
 
     kind: str
     programs: int | None = None
+    stages: int = 1
 
 
 def choose(rows: int, parts: int, processors: int) -> Schedule:

@@ -37,11 +37,13 @@ def test_schedules_have_the_same_bits(vocab, width, dtype, name):
     rows = cases.learn(b, cases.TERMS[name], Schedule("rows", 0))
     if vocab > 2:
         cases.assert_sound(rows)
-    for other in (Schedule("rows", 1), *(Schedule(kind) for kind in KINDS[1:])):
+    others = [Schedule("rows", 1), Schedule("rows", 2, 2), Schedule("rows", 2, 3)]
+    for other in (*others, *(Schedule(kind) for kind in KINDS[1:])):
         for inplace in (False, True):
             again = cases.learn(b, cases.TERMS[name], other, inplace=inplace)
             cases.assert_same_bits(rows, again)
-    cases.assert_same_bits(cases.score(b, Schedule("rows")), cases.score(b, Schedule("split")))
+    for other in (Schedule("split"), Schedule("rows", stages=2)):
+        cases.assert_same_bits(cases.score(b, Schedule("rows")), cases.score(b, other))
 
 
 def many(rows, vocab, dtype=torch.bfloat16):

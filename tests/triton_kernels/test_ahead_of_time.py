@@ -28,11 +28,14 @@ SLOW = [("sm_80", "fp32"), ("sm_100", "fp32"), ("gfx942", "fp32")]
 SWEEPS = {
     "token_logprobs_fwd": [(1, 0, 8.3)],
     "token_logprobs_fwd entropy": [(1, 0, 11.8)],
+    # The first group is asked for before the loop.
+    "token_logprobs_fwd entropy, 2 stages": [(1, 0, 1.5), (1, 0, 12.2)],
     "token_logprobs_fwd kept": [(1, 0, 11.8)],
     "token_logprobs_bwd": [(1, 1, 7.5)],
     "token_logprobs_bwd entropy": [(1, 1, 10.5)],
     "group_statistics_fwd": [(1, 0, 8.7)],
     "policy_loss_fwd dapo rows": [(1, 0, 8.3), (1, 1, 7.2)],
+    "policy_loss_fwd dapo rows, 2 stages": [(1, 0, 1.5), (1, 0, 8.7), (1, 1, 7.2)],
     "policy_loss_fwd dapo split": [(1, 1, 7.5)],
     "policy_loss_fwd dapo cooperative": [(1, 0, 8.8), (0, 1, 5.8)],
     "policy_loss_fwd all rows": [(1, 0, 11.8), (1, 1, 10.5)],
@@ -114,7 +117,9 @@ def check(entries, target, dtype):
         other = name.startswith("sample_") or name.endswith(" kept")
         most = 256 if target.startswith("gfx") else 192 if other else 128
         assert entry["registers"] <= most, entry
-        assert entry["shared"] <= 48 << 10, entry
+        # A group is on its way to shared memory; two blocks still fit.
+        staged = 4 * 4096 * size if name.endswith("stages") else 0
+        assert entry["shared"] <= (48 << 10) + staged, entry
         # Half a tile is 8 bytes a lane of a wave of 64.
         half = name == "support_fwd" and lanes == 64 and size == 2
         assert entry["loads"].get("64" if half else "128", 0) >= TILES_READ[name] * accesses, entry
