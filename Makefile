@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 endif
 
 .PHONY: setup build doctor demo demo-distributed test test-slow sglang-env test-sglang bench-sglang test-gpu sanitize-gpu dry-gpu
-.PHONY: test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
+.PHONY: visit-gpu test-peers test-endurance test-sanitize bench bench-gpu lint docs clean
 
 setup: $(READY)
 
@@ -30,7 +30,7 @@ endif
 
 # The extension follows its sources: CMake rebuilds what changed.
 build: $(READY)
-	$(PY) -c 'import setup, pathlib; setup.compile_into(pathlib.Path("pyrlk"))'
+	$(PY) -c 'import setup; setup.compile_into()'
 
 doctor: build
 	$(PY) -m pyrlk.cli doctor $(ARGS)
@@ -64,6 +64,12 @@ test-sanitize: $(READY)
 	  cmake --build build/sanitize-$$kind && \
 	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
+
+# A first visit of a GPU: everything below and the benches, each with its time limit, in the order
+# of its worth. Logs and results go to LOGS.
+LOGS ?= build/visit
+visit-gpu: $(READY)
+	$(PY) tests/gpu/visit.py --logs $(LOGS) $(ARGS)
 
 test-gpu: build
 	$(PY) -m pytest tests/gpu $(ARGS)
@@ -109,8 +115,9 @@ bench-sglang: sglang-env
 bench: build
 	$(PY) -m pyrlk.cli bench --write bench/results $(ARGS)
 
+RESULTS ?= bench/results
 bench-gpu: build
-	$(PY) -m pyrlk.cli bench --device cuda --write bench/results $(ARGS)
+	$(PY) -m pyrlk.cli bench --device cuda --write $(RESULTS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

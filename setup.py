@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def compile_into(folder: Path) -> None:
+def compile_into(folder: Path = ROOT / "pyrlk") -> None:
     """Configure, build and install csrc/ there; what did not change is not compiled again."""
     import pybind11
 

@@ -6,7 +6,7 @@ dweight summed in float32. Beside it the unfused way: all logits, policy_loss, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,16 +25,16 @@ class Case:
     """One shape and dtype: inputs and the sides."""
 
     def __init__(self, rows: int, width: int, vocab: int, dtype: torch.dtype, device: str):
-        g = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         self.rows, self.vocab = rows, vocab
-        self.hidden = torch.randn(rows, width, generator=g).to(device, dtype).requires_grad_()
-        weight = torch.randn(vocab, width, generator=g) * (2 / width**0.5)
-        self.weight = weight.to(device, dtype).requires_grad_()
-        self.tokens = torch.randint(vocab, (rows,), generator=g).to(device)
-        self.advantages = torch.randn(rows, generator=g).to(device)
+        self.hidden = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+        weight = torch.randn(vocab, width, device=device) * (2 / width**0.5)
+        self.weight = weight.to(dtype).requires_grad_()
+        self.tokens = torch.randint(vocab, (rows,), device=device)
+        self.advantages = torch.randn(rows, device=device)
         with torch.no_grad():
             own = pyrlk.linear_token_logprobs(self.hidden, self.weight, self.tokens)
-        self.old = own + 0.05 * torch.randn(rows, generator=g).to(device)
+        self.old = own + 0.05 * torch.randn(rows, device=device)
         size = dtype.itemsize * vocab
         self.chunk = _head.chunk_rows(0, rows, size, device == "cuda")
         self.logits = torch.empty(self.chunk, vocab, dtype=dtype, device=device)
@@ -118,8 +118,9 @@ def run(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, *, r
     return row
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """A small head on CPU, Qwen3's on a GPU."""
     shape = QUICK if quick else SHAPES[device]
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    return [run(*shape, dtype, device, rounds=3 if quick else 5) for dtype in dtypes]
+    for dtype in dtypes:
+        yield run(*shape, dtype, device, rounds=3 if quick else 5)

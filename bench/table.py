@@ -125,14 +125,20 @@ def _cells(row: dict) -> list[list[str]]:
     if "verify" in ms:
         ratio = (
             f"{row['verify_over_copy']:.2f}× a warm copy of the target; torch takes "
-            f"{row['torch_over_verify']:.0f}×"
+            f"{row['torch_over_verify']:.0f}×{_graph(row)}"
         )
         return [[row["op"], shape, dtype, ms["verify"], ratio, f"{row['logprob_error']:.1e}"]]
     ratio = (
         f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
-        f"{row['sort_over_sample']:.0f}×{said(row)}"
+        f"{row['sort_over_sample']:.0f}×{said(row)}{_graph(row)}"
     )
     return [[row["op"], shape, dtype, ms["sample"], ratio, f"{row['logprob_error']:.1e}"]]
+
+
+def _graph(row: dict) -> str:
+    """The time of a replay, where the op was captured: microseconds matter there."""
+    graph = row["times"].get("graph")
+    return f"; {1e3 * graph['ms']:.1f} µs in a CUDA graph" if graph else ""
 
 
 def _engine_update(row: dict, ms: dict[str, str]) -> list[list[str]]:

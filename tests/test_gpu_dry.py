@@ -87,7 +87,8 @@ sys.path.insert(0, "tests/gpu")
 import dry_device
 dry_device.install()
 from pyrlk import bench
-from pyrlk.bench import linear, policy_loss, sample, scaling, schedules, score, verify
+from pyrlk.bench import linear, measure, policy_loss, sample, scaling, schedules, score, verify
+measure.BEYOND_L2 = 1 << 10
 policy_loss.QUICK = score.QUICK = 4, 300
 linear.QUICK = 6, 16, 300
 sample.QUICK = 64
@@ -97,7 +98,6 @@ verify.ROWS["cuda"] = 1, 2
 scaling.QUICK = 64, 8, 2
 scaling.NEW_LENGTHS = range(4, 1, -1)
 schedules.TOKENS, schedules.VOCABULARIES = (1, 3), (300,)
-schedules.KINDS = "rows", "split"
 sys.exit(bench.main(["--device", "cuda", "--quick", "--write", sys.argv[1], *sys.argv[2:]]))
 """
 

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["build", "doctor", "demo", "test", "test-gpu", "bench-gpu", "sanitize-gpu", "dry-gpu"]
+TARGETS += ["visit-gpu"]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
@@ -71,7 +72,7 @@ def test_the_extension_is_built_in_place_by_cmake_alone(tmp_path):
     script = (
         "import setup, subprocess, setuptools.dist\n"
         "setuptools.dist.Distribution.parse_config_files = None\n"
-        "subprocess.run = lambda command, check: print(*command)\n" + code.strip('"')
+        "subprocess.run = lambda command, check: print(*command)\n" + code
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
