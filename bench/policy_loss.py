@@ -16,7 +16,7 @@ import pyrlk
 from pyrlk import reference
 
 from .measure import interleaved, peak_bytes
-from .peers import liger_grpo, ratios, usable
+from .peers import clipped, liger_grpo, quack_dapo, ratios, usable
 
 GATE = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ERROR_ROWS = 32
@@ -72,8 +72,11 @@ class Case:
     def fresh(self) -> torch.Tensor:
         return torch.empty_like(self.logits).copy_(self.logits)
 
+    def of_a_graph(self) -> torch.Tensor:
+        return Graph.apply(self.handle, self.buffer)
+
     def inplace(self) -> None:
-        self.loss(Graph.apply(self.handle, self.buffer), inplace=True).backward()
+        self.loss(self.of_a_graph(), inplace=True).backward()
 
     def restore(self) -> None:
         self.buffer.copy_(self.logits)
@@ -124,8 +127,7 @@ def _eager(logits, tokens, old, advantages, *, entropy_coef=0.0, kl_coef=0.0, re
     """The same loss as framework code writes it, in float32."""
     logp = torch.log_softmax(logits.float(), dim=-1)
     own = logp.gather(-1, tokens[:, None])[:, 0]
-    ratio = torch.exp(own - old)
-    per_token = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    per_token = clipped(own, old, advantages)
     if entropy_coef:
         per_token = per_token + entropy_coef * (logp.exp() * logp).sum(-1)
     if kl_coef:
@@ -163,14 +165,27 @@ def run(
         "fresh": case.fresh,
         "drop_in": case.drop_in,
     }
+    before = {"inplace": case.restore}
     others: dict[str, Callable[[], object]] = {}
+    in_place: dict[str, Callable[[], object]] = {}
     if peers:
         compiled = torch.compile(case.eager_loss)
         sides["eager"] = case.eager
         sides["compile"] = lambda: case.eager(compiled)
-        others = usable({"Liger": lambda: liger_grpo(case.logits, case.tokens, case.old)})
-        sides |= others
-    times = interleaved(sides, before={"inplace": case.restore}, rounds=rounds)
+        batch = case.tokens, case.old, case.advantages
+        others = usable(
+            {
+                "Liger": lambda: liger_grpo(case.logits, case.tokens, case.old),
+                "QuACK": lambda: quack_dapo(lambda: case.leaf, *batch),
+            }
+        )
+        case.restore()
+        in_place = usable(
+            {"QuACK in place": lambda: quack_dapo(case.of_a_graph, *batch, inplace=True)}
+        )
+        before |= dict.fromkeys(in_place, case.restore)
+        sides |= others | in_place
+    times = interleaved(sides, before=before, rounds=rounds)
     size = case.logits.nbytes
     row |= {
         "times": {side: t.as_dict() for side, t in times.items()},
@@ -184,7 +199,7 @@ def run(
     if peers:
         row["compile_over_drop_in"] = times["compile"].over(times["drop_in"])
         row["eager_over_drop_in"] = times["eager"].over(times["drop_in"])
-        row["peers"] = ratios(times, others, "drop_in")
+        row["peers"] = ratios(times, others, "drop_in") | ratios(times, in_place, "inplace")
     return row
 
 
