@@ -132,8 +132,8 @@ class Trainer:
             for side, kind in kinds.items()
         }
         self.reports: dict[str, list[weights.UpdateReport]] = {side: [] for side in kinds}
-        portion = torch.randint(-999, 999, (min(self.nbytes, 2 << 30) // 2,), dtype=torch.int16)
-        self.source = portion.to(device)
+        size = (min(self.nbytes, 2 << 30) // 2,)
+        self.source = torch.randint(-999, 999, size, dtype=torch.int16, device=device)
         self.room = torch.empty_like(self.source)
 
     def change(self) -> None:
