@@ -89,6 +89,18 @@ def test_every_sanitizer_is_run_and_one_report_fails_all(tmp_path, race):
     assert ("racecheck: failed with 99" in output) == (race != 0)
 
 
+def test_one_sanitizer_can_be_asked_for(tmp_path):
+    tool, log = tmp_path / "compute-sanitizer", tmp_path / "log"
+    tool.write_text(FAKE.format(log=log, race=0))
+    tool.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code, output = run("tests/gpu/sanitize.py", "--tool", "racecheck", "-x", PATH=path)
+    assert code == 0, output
+    (call,) = log.read_text().splitlines()
+    assert call.split()[1] == "racecheck"
+    assert call.endswith(" -x")
+
+
 def test_the_sanitizers_tests_exist():
     sys.path.insert(0, str(ROOT / "tests/gpu"))
     try:

@@ -49,7 +49,8 @@ def bench(op: str, seconds: int, logs: Path) -> Stage:
 
 
 def demo(seconds: int, logs: Path) -> Stage:
-    arguments = ["-m", "pyrlk.cli", "demo", "--device", "cuda", "--overwrite"]
+    arguments = ["-m", "pyrlk.cli", "demo", "--device", "cuda", "--steps", "20"]
+    arguments += ["--overwrite"]
     return Stage("demo", seconds, [*arguments, "--runs", str(logs / "runs")])
 
 
@@ -92,7 +93,8 @@ def stages(logs: Path) -> list[Stage]:
 
 def run(stage: Stage, log: Path, seconds: float) -> str:
     """How it ended: "" is well."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *stage.arguments],
