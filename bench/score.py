@@ -15,7 +15,7 @@ from pyrlk import reference
 
 from .measure import interleaved
 from .peers import ratios, trl_scores, usable
-from .policy_loss import QUICK, SHAPES
+from .policy_loss import DTYPES, QUICK, SHAPES
 
 ERROR_ROWS = 16
 
@@ -71,5 +71,5 @@ def run(rows: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) 
 def main(device: str, quick: bool) -> Iterator[dict]:
     """The shape of the losses, in float32 and bfloat16."""
     shape = QUICK if quick else SHAPES[device]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES[device]:
         yield run(*shape, dtype, device, rounds=5 if quick else 9)

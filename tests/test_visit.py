@@ -112,3 +112,9 @@ def test_without_a_gpu_the_tests_fail_instead_of_being_skipped(visit, tmp_path):
     (stage,) = [s for s in visit.stages(tmp_path) if s.name == "tests"]
     assert visit.run(stage, tmp_path / "log", 60).startswith("failed"), sys.executable
     assert "passed" not in visit.last_lines(tmp_path / "log", 1)[0]
+
+
+def test_the_guide_lists_the_stages_with_their_times(visit, tmp_path):
+    page = (ROOT / "docs/tuning.md").read_text()
+    at = [page.index(f"| `{s.name}` | {s.seconds} |") for s in visit.stages(tmp_path)]
+    assert at == sorted(at)

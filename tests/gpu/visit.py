@@ -77,7 +77,7 @@ def stages(logs: Path) -> list[Stage]:
         Stage("doctor", 20, ["-c", DOCTOR]),
         tests(160),
         bench("policy_loss", 60, logs),
-        bench("score", 30, logs),
+        bench("score", 40, logs),
         bench("schedules", 55, logs),
         bench("sample", 40, logs),
         bench("linear", 45, logs),
@@ -86,7 +86,7 @@ def stages(logs: Path) -> list[Stage]:
         demo(45, logs),
         bench("cooperative", 30, logs),
         bench("pack", 25, logs),
-        sanitizer("memcheck", 70),
+        sanitizer("memcheck", 60),
         sanitizer("racecheck", 40),
     ]
 
