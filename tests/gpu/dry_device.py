@@ -362,6 +362,7 @@ def install() -> None:
     fakes = {
         "is_available": lambda: True,
         "_lazy_init": lambda: None,
+        "init": lambda: None,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
