@@ -1,12 +1,13 @@
-"""linear_policy_loss, forward + backward, from hidden states and the head's weight.
+"""linear_policy_loss, forward + backward, and linear_token_logprobs, forward alone.
 
-Limit, measured in the same rounds: the three matrix products at the same chunk, in warm buffers,
-dweight summed in float32. Beside it the unfused way: all logits, policy_loss, autograd.
+Limit, measured in the same rounds: the three matrix products (or the first alone) at the same
+chunk, in warm buffers, dweight summed in float32. Beside it the unfused way: all logits, then the
+loss or the log-probs, autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -14,6 +15,7 @@ import pyrlk
 from pyrlk import _head, reference
 
 from .measure import interleaved, peak_bytes
+from .peers import cce_linear, cce_scores, quack_linear, ratios, usable
 
 GATE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 ERROR_ROWS = 32
@@ -25,16 +27,16 @@ class Case:
     """One shape and dtype: inputs and the sides."""
 
     def __init__(self, rows: int, width: int, vocab: int, dtype: torch.dtype, device: str):
-        g = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         self.rows, self.vocab = rows, vocab
-        self.hidden = torch.randn(rows, width, generator=g).to(device, dtype).requires_grad_()
-        weight = torch.randn(vocab, width, generator=g) * (2 / width**0.5)
-        self.weight = weight.to(device, dtype).requires_grad_()
-        self.tokens = torch.randint(vocab, (rows,), generator=g).to(device)
-        self.advantages = torch.randn(rows, generator=g).to(device)
+        self.hidden = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+        weight = torch.randn(vocab, width, device=device) * (2 / width**0.5)
+        self.weight = weight.to(dtype).requires_grad_()
+        self.tokens = torch.randint(vocab, (rows,), device=device)
+        self.advantages = torch.randn(rows, device=device)
         with torch.no_grad():
             own = pyrlk.linear_token_logprobs(self.hidden, self.weight, self.tokens)
-        self.old = own + 0.05 * torch.randn(rows, generator=g).to(device)
+        self.old = own + 0.05 * torch.randn(rows, device=device)
         size = dtype.itemsize * vocab
         self.chunk = _head.chunk_rows(0, rows, size, device == "cuda")
         self.logits = torch.empty(self.chunk, vocab, dtype=dtype, device=device)
@@ -65,6 +67,27 @@ class Case:
                 z, x = self.wide[: x.shape[0]].copy_(z), x.float()
             _head.accumulate(self.dweight, z.t(), x, first=start == 0)
 
+    @torch.no_grad()
+    def product(self) -> None:
+        for start in range(0, self.rows, self.chunk):
+            x = self.hidden[start : start + self.chunk]
+            torch.mm(x, self.weight.t(), out=self.logits[: x.shape[0]])
+
+    @torch.no_grad()
+    def scores(self) -> torch.Tensor:
+        return pyrlk.linear_token_logprobs(self.hidden, self.weight, self.tokens)
+
+    @torch.no_grad()
+    def unfused_scores(self) -> torch.Tensor:
+        return pyrlk.token_logprobs(self.hidden @ self.weight.t(), self.tokens)
+
+    def score_error(self) -> float:
+        """Relative error of the log-probs in norm against float64, on some rows."""
+        rows = slice(0, min(ERROR_ROWS, self.rows))
+        hidden, weight = (x.detach().cpu().double() for x in (self.hidden[rows], self.weight))
+        truth = reference.linear_token_logprobs(hidden, weight, self.tokens[rows].cpu())
+        return ((self.scores()[rows].cpu() - truth).norm() / truth.norm()).item()
+
     def unfused(self) -> None:
         self.clear()
         logits = self.hidden @ self.weight.t()
@@ -87,9 +110,15 @@ class Case:
         return max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def run(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) -> dict:
-    """One row of the table."""
-    case = Case(rows, width, vocab, dtype, device)
+def _on_gpu(case: Case, candidates: dict) -> dict:
+    """Their kernels are a GPU's; what CCE does on a CPU is torch."""
+    return usable(candidates) if case.hidden.is_cuda else {}
+
+
+def learn(case: Case, *, rounds: int) -> dict:
+    """The row of the loss."""
+    rows, vocab, dtype = case.rows, case.vocab, case.hidden.dtype
+    width = case.hidden.shape[1]
     error = case.error()
     row: dict = {
         "op": f"linear_policy_loss, H={width}",
@@ -104,12 +133,22 @@ def run(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, *, r
         "linear": case.ours,
         "unfused": case.unfused,
     }
-    times = interleaved(sides, rounds=rounds)
+    head = case.hidden, case.weight, case.tokens
+    others = _on_gpu(
+        case,
+        {
+            "QuACK": lambda: quack_linear(*head),
+            "CCE": lambda: cce_linear(*head, case.old, case.advantages),
+            "CCE unfiltered": lambda: cce_linear(*head, case.old, case.advantages, filtered=False),
+        },
+    )
+    times = interleaved(sides | others, rounds=rounds)
     row |= {
         "times": {side: t.as_dict() for side, t in times.items()},
         "chunk": case.chunk,
         "linear_over_products": times["linear"].over(times["products"]),
         "unfused_over_linear": times["unfused"].over(times["linear"]),
+        "peers": ratios(times, others, "linear"),
         "tflop_per_s": 6 * rows * width * vocab / times["linear"].median / 1e9,
     }
     for side in ("linear", "unfused"):
@@ -118,8 +157,37 @@ def run(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, *, r
     return row
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def score(case: Case, *, rounds: int) -> dict:
+    """The row of the log-probs."""
+    dtype = case.hidden.dtype
+    row: dict = {
+        "op": f"linear_token_logprobs, H={case.hidden.shape[1]}",
+        "shape": [case.rows, case.vocab],
+        "dtype": str(dtype).removeprefix("torch."),
+        "score_error": case.score_error(),
+    }
+    if not row["score_error"] <= GATE[dtype]:
+        return row | {"failed": "correctness gate: no times are reported"}
+    peer = {"CCE": lambda: cce_scores(case.hidden, case.weight, case.tokens)}
+    others = _on_gpu(case, peer)
+    times = interleaved(
+        {"product": case.product, "scores": case.scores, "unfused": case.unfused_scores} | others,
+        rounds=rounds,
+    )
+    return row | {
+        "times": {side: t.as_dict() for side, t in times.items()},
+        "chunk": case.chunk,
+        "scores_over_product": times["scores"].over(times["product"]),
+        "unfused_over_scores": times["unfused"].over(times["scores"]),
+        "peers": ratios(times, others, "scores"),
+    }
+
+
+def main(device: str, quick: bool) -> Iterator[dict]:
     """A small head on CPU, Qwen3's on a GPU."""
     shape = QUICK if quick else SHAPES[device]
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    return [run(*shape, dtype, device, rounds=3 if quick else 5) for dtype in dtypes]
+    for dtype in dtypes:
+        case = Case(*shape, dtype, device)
+        yield learn(case, rounds=3 if quick else 5)
+        yield score(case, rounds=3 if quick else 5)

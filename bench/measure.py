@@ -4,13 +4,19 @@ The sides of a comparison run interleaved, one call each a round, after warm-up 
 clock or of a neighbour's load hits all of them. A figure is a median with its 20th and 80th
 percentile; a ratio is the median of the ratios within a round. No time is printed for a result that
 fails its correctness gate.
+
+On a GPU a call is timed by events on its stream, behind a read of 512 MiB: L2 then holds nothing of
+the call's inputs, and nothing that has yet to be written back, and the host has queued the call by
+the time the read ends. What waits for another process is timed by the wall instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import hashlib
 import os
 import platform
 import statistics
@@ -23,6 +29,8 @@ from typing import NamedTuple
 import torch
 
 import pyrlk
+
+BEYOND_L2 = 512 << 20  # bytes, several times any L2: an H200 reads them in 0.12 ms
 
 
 class Timing(NamedTuple):
@@ -55,37 +63,77 @@ def interleaved(
     before: Mapping[str, Callable[[], object]] | None = None,
     rounds: int,
     warmup: int = 2,
+    wall: bool = False,
 ) -> dict[str, Timing]:
     """Time each side once a round; `before[name]` restores its inputs and is not timed."""
+    clock = _wall_clock if wall or not _on_gpu() else _device_clock
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(warmup + rounds):
         for name, call in sides.items():
             if before and name in before:
                 before[name]()
-            milliseconds = _clock(call)
+            milliseconds = clock(call)
             if i >= warmup:
                 taken[name].append(milliseconds)
     return {name: Timing(values) for name, values in taken.items()}
 
 
-def _clock(call: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _on_gpu() -> bool:
+    """Whether this process measures a GPU: a bench of the CPU never starts one that is there."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _wall_clock(call: Callable[[], object]) -> float:
+    if _on_gpu():
         torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
     begin = time.perf_counter()
     call()
+    if _on_gpu():
+        torch.cuda.synchronize()
     return (time.perf_counter() - begin) * 1e3
+
+
+def _device_clock(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    _much_memory().sum()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+@functools.cache
+def _much_memory() -> torch.Tensor:
+    return torch.zeros(BEYOND_L2 // 4, device="cuda")
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` as one CUDA graph: kernels without the time of their launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what compiles or loads must not do so in the capture
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def forget() -> None:
+    """Give back what an op left to the allocators, before the next one."""
+    gc.collect()
+    if _on_gpu():
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """Memory that `call` needed beyond what was there before, at its highest."""
     gc.collect()
-    if torch.cuda.is_available():
+    if _on_gpu():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -167,12 +215,17 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, `+` if changed since; "unknown" outside git."""
+    """The commit of the source tree, `+` and a digest of what changed since.
+
+    Outside git it is what PYRLK_COMMIT says: a copy of the tree knows no commit of its own.
+    """
+    sources = "--", ":/csrc", ":/pyrlk", ":/triton_kernels"
     try:
-        changed = _git("status", "--porcelain", "--", ":/csrc", ":/pyrlk", ":/triton_kernels")
-        return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        base = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("diff", "HEAD", *sources) + _git("status", "--porcelain", *sources)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PYRLK_COMMIT") or "unknown"
+    return base + (f"+{hashlib.sha256(changed.encode()).hexdigest()[:6]}" if changed else "")
 
 
 def _git(*arguments: str) -> str:

@@ -8,7 +8,7 @@ Limits, measured in the same rounds:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,11 +16,13 @@ import pyrlk
 from pyrlk import reference
 
 from .measure import interleaved, peak_bytes
-from .peers import liger_grpo, ratios, usable
+from .peers import clipped, liger_grpo, quack_dapo, ratios, usable
 
 GATE = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ERROR_ROWS = 32
 SHAPES = {"cpu": (512, 151936), "cuda": (8192, 151936)}
+# What the targets are for comes first: a run may be cut off.
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
 QUICK = 64, 32000
 
 
@@ -40,19 +42,19 @@ class Case:
     """One shape and dtype: inputs, the sides, and the error of the result."""
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: str, extras: bool):
-        g = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         self.shape = (rows, vocab)
         self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
         for i in range(0, rows, 64):
-            block = torch.randn(min(64, rows - i), vocab, generator=g) * 3
-            self.logits[i : i + 64] = block.to(dtype)
-        self.tokens = torch.randint(vocab, (rows,), generator=g).to(device)
-        self.advantages = torch.randn(rows, generator=g).to(device)
+            # Made there: the host takes ten seconds for a gigabyte.
+            self.logits[i : i + 64] = torch.randn(min(64, rows - i), vocab, device=device) * 3
+        self.tokens = torch.randint(vocab, (rows,), device=device)
+        self.advantages = torch.randn(rows, device=device)
         own = pyrlk.token_logprobs(self.logits, self.tokens)
-        self.old = own + 0.05 * torch.randn(rows, generator=g).to(device)
+        self.old = own + 0.05 * torch.randn(rows, device=device)
         self.common: dict = {}
         if extras:
-            reference_noise = 0.1 * torch.randn(rows, generator=g).to(device)
+            reference_noise = 0.1 * torch.randn(rows, device=device)
             self.common = {
                 "entropy_coef": 0.01, "kl_coef": 0.05, "ref_logprobs": own + reference_noise,
             }  # fmt: skip
@@ -72,8 +74,11 @@ class Case:
     def fresh(self) -> torch.Tensor:
         return torch.empty_like(self.logits).copy_(self.logits)
 
+    def of_a_graph(self) -> torch.Tensor:
+        return Graph.apply(self.handle, self.buffer)
+
     def inplace(self) -> None:
-        self.loss(Graph.apply(self.handle, self.buffer), inplace=True).backward()
+        self.loss(self.of_a_graph(), inplace=True).backward()
 
     def restore(self) -> None:
         self.buffer.copy_(self.logits)
@@ -124,8 +129,7 @@ def _eager(logits, tokens, old, advantages, *, entropy_coef=0.0, kl_coef=0.0, re
     """The same loss as framework code writes it, in float32."""
     logp = torch.log_softmax(logits.float(), dim=-1)
     own = logp.gather(-1, tokens[:, None])[:, 0]
-    ratio = torch.exp(own - old)
-    per_token = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    per_token = clipped(own, old, advantages)
     if entropy_coef:
         per_token = per_token + entropy_coef * (logp.exp() * logp).sum(-1)
     if kl_coef:
@@ -163,14 +167,27 @@ def run(
         "fresh": case.fresh,
         "drop_in": case.drop_in,
     }
+    before = {"inplace": case.restore}
     others: dict[str, Callable[[], object]] = {}
+    in_place: dict[str, Callable[[], object]] = {}
     if peers:
         compiled = torch.compile(case.eager_loss)
         sides["eager"] = case.eager
         sides["compile"] = lambda: case.eager(compiled)
-        others = usable({"Liger": lambda: liger_grpo(case.logits, case.tokens, case.old)})
-        sides |= others
-    times = interleaved(sides, before={"inplace": case.restore}, rounds=rounds)
+        batch = case.tokens, case.old, case.advantages
+        others = usable(
+            {
+                "Liger": lambda: liger_grpo(case.logits, case.tokens, case.old),
+                "QuACK": lambda: quack_dapo(lambda: case.leaf, *batch),
+            }
+        )
+        case.restore()
+        in_place = usable(
+            {"QuACK in place": lambda: quack_dapo(case.of_a_graph, *batch, inplace=True)}
+        )
+        before |= dict.fromkeys(in_place, case.restore)
+        sides |= others | in_place
+    times = interleaved(sides, before=before, rounds=rounds)
     size = case.logits.nbytes
     row |= {
         "times": {side: t.as_dict() for side, t in times.items()},
@@ -184,21 +201,17 @@ def run(
     if peers:
         row["compile_over_drop_in"] = times["compile"].over(times["drop_in"])
         row["eager_over_drop_in"] = times["eager"].over(times["drop_in"])
-        row["peers"] = ratios(times, others, "drop_in")
+        row["peers"] = ratios(times, others, "drop_in") | ratios(times, in_place, "inplace")
     return row
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """The rows of this op: the table's shape in float32 and bfloat16, plain and with all terms."""
     rows, vocab = QUICK if quick else SHAPES[device]
-    table = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES[device]:
         for extras in (False, True):
             peers = not extras and not (device == "cuda" and dtype == torch.float32)
-            table.append(
-                run(
-                    rows, vocab, dtype, device,
-                    rounds=5 if quick else 9, extras=extras, peers=peers,
-                )
+            yield run(
+                rows, vocab, dtype, device,
+                rounds=5 if quick else 9, extras=extras, peers=peers,
             )  # fmt: skip
-    return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -122,14 +123,12 @@ def _seconds(call, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """Lengths, vocabularies, new lengths."""
     longest, vocab, few = QUICK if quick else SHAPE
     lengths = [64 * 2**i for i in range(20) if 64 * 2**i <= longest]
     vocabularies = [8**i for i in range(20) if 8**i <= (vocab if quick else 262144)]
     rounds = 3 if quick else 9
-    return [
-        sweep("dapo_loss in place, T grows", [(t, vocab) for t in lengths], device, rounds),
-        sweep("dapo_loss in place, V grows", [(few, v) for v in vocabularies], device, rounds),
-        new_lengths(vocab, NEW_LENGTHS, device),
-    ]
+    yield sweep("dapo_loss in place, T grows", [(t, vocab) for t in lengths], device, rounds)
+    yield sweep("dapo_loss in place, V grows", [(few, v) for v in vocabularies], device, rounds)
+    yield new_lengths(vocab, NEW_LENGTHS, device)

@@ -1,6 +1,9 @@
 """Schedules of the fused loss on a GPU, dapo in place in bfloat16: which one for which shape.
 
-    pyrlk bench --device cuda --op schedules
+    pyrlk bench --device cuda --op schedules --op cooperative
+
+`schedules` has those whose programs work alone, `cooperative` the one whose programs wait for each
+other: should they wait for ever on some device, the others have been measured.
 
 Every schedule of triton_kernels/schedule.py beside a copy of the logits, the limit of one read and
 one write, in the same rounds. `auto` is what `schedule.choose` takes.
@@ -9,7 +12,7 @@ one write, in the same rounds. `auto` is what `schedule.choose` takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -19,7 +22,6 @@ from .measure import interleaved
 
 TOKENS = (1, 16, 128, 1024, 8192)
 VOCABULARIES = (32000, 128256, 151936, 262144)
-KINDS = ("split", "rows", "cooperative")
 GATE = 8e-3  # of bfloat16
 
 
@@ -81,19 +83,20 @@ class Case:
         return ((grad - truth).norm() / truth.norm()).item()
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """One row a shape and schedule; nothing without a GPU."""
     if device != "cuda":
-        return []
+        return
     from pyrlk.triton_kernels.schedule import Schedule
 
-    schedules = {"split": Schedule("split"), "rows, all": Schedule("rows", 0)}
+    schedules = {"auto": None, "split": Schedule("split"), "rows, all": Schedule("rows", 0)}
     schedules |= {f"rows, {n} an SM": Schedule("rows", n) for n in (1, 2, 3)}
     schedules |= {f"rows, {n} stages": Schedule("rows", 2, n) for n in (2, 3)}
-    schedules |= {f"cooperative, {n} an SM": Schedule("cooperative", n) for n in (1, 2)}
-    schedules = {name: s for name, s in schedules.items() if s.kind in KINDS}
-    schedules = {"auto": None} | schedules
-    table = []
+    yield from compare(schedules, quick)
+
+
+def compare(schedules: dict, quick: bool) -> Iterator[dict]:
+    """Rows of some schedules by name, shape after shape."""
     for vocab in VOCABULARIES[:1] if quick else VOCABULARIES:
         for tokens in TOKENS[:3] if quick else TOKENS:
             case = Case(tokens, vocab)
@@ -118,5 +121,4 @@ def main(device: str, quick: bool) -> list[dict]:
                         "kernel": times[name].as_dict(),
                     }
                     row["over_copy"] = times[name].over(times["copy"])
-                table.append(row)
-    return table
+                yield row

@@ -6,6 +6,8 @@ frameworks write (log-softmax in float32, gather, entropy), eager and compiled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 import pyrlk
@@ -13,7 +15,7 @@ from pyrlk import reference
 
 from .measure import interleaved
 from .peers import ratios, trl_scores, usable
-from .policy_loss import QUICK, SHAPES
+from .policy_loss import DTYPES, QUICK, SHAPES
 
 ERROR_ROWS = 16
 
@@ -26,9 +28,9 @@ def _eager(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, to
 @torch.no_grad()
 def run(rows: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) -> dict:
     """One row of the table."""
-    g = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(rows, vocab, generator=g)).to(dtype).to(device)
-    tokens = torch.randint(vocab, (rows,), generator=g).to(device)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(rows, vocab, device=device)).to(dtype)
+    tokens = torch.randint(vocab, (rows,), device=device)
     warm = torch.empty_like(logits)
     some = slice(0, min(rows, ERROR_ROWS))
     ours = pyrlk.token_logprobs(logits[some], tokens[some], return_entropy=True)
@@ -66,10 +68,8 @@ def run(rows: int, vocab: int, dtype: torch.dtype, device: str, *, rounds: int) 
     }
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """The shape of the losses, in float32 and bfloat16."""
     shape = QUICK if quick else SHAPES[device]
-    return [
-        run(*shape, dtype, device, rounds=5 if quick else 9)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    for dtype in DTYPES[device]:
+        yield run(*shape, dtype, device, rounds=5 if quick else 9)

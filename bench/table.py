@@ -83,9 +83,15 @@ def _cells(row: dict) -> list[list[str]]:
         memory = row["unfused_peak_bytes"] / max(1, row["linear_peak_bytes"])
         ratio = (
             f"{row['linear_over_products']:.2f}× its three products; all logits at once take "
-            f"{row['unfused_over_linear']:.2f}×, and {memory:.1f}× the memory"
+            f"{row['unfused_over_linear']:.2f}×, and {memory:.1f}× the memory{said(row)}"
         )
         return [[row["op"], shape, dtype, ms["linear"], ratio, f"{row['gradient_error']:.1e}"]]
+    if "product" in ms:
+        ratio = (
+            f"{row['scores_over_product']:.2f}× its product; all logits at once take "
+            f"{row['unfused_over_scores']:.2f}×{said(row)}"
+        )
+        return [[row["op"], shape, dtype, ms["scores"], ratio, f"{row['score_error']:.1e}"]]
     if "memcpy" in ms:
         rate = f"memcpy takes {row['memcpy_over_pack']:.2f}×; {row['gb_per_s']:.1f} GB/s"
         plain = f"memcpy takes {row['memcpy_over_pack_no_sum']:.2f}×"
@@ -125,14 +131,20 @@ def _cells(row: dict) -> list[list[str]]:
     if "verify" in ms:
         ratio = (
             f"{row['verify_over_copy']:.2f}× a warm copy of the target; torch takes "
-            f"{row['torch_over_verify']:.0f}×"
+            f"{row['torch_over_verify']:.0f}×{_graph(row)}"
         )
         return [[row["op"], shape, dtype, ms["verify"], ratio, f"{row['logprob_error']:.1e}"]]
     ratio = (
         f"{row['sample_over_copy']:.2f}× a warm copy; sorting in torch takes "
-        f"{row['sort_over_sample']:.0f}×{said(row)}"
+        f"{row['sort_over_sample']:.0f}×{said(row)}{_graph(row)}"
     )
     return [[row["op"], shape, dtype, ms["sample"], ratio, f"{row['logprob_error']:.1e}"]]
+
+
+def _graph(row: dict) -> str:
+    """The time of a replay, where the op was captured: microseconds matter there."""
+    graph = row["times"].get("graph")
+    return f"; {1e3 * graph['ms']:.1f} µs in a CUDA graph" if graph else ""
 
 
 def _engine_update(row: dict, ms: dict[str, str]) -> list[list[str]]:

@@ -132,8 +132,8 @@ class Trainer:
             for side, kind in kinds.items()
         }
         self.reports: dict[str, list[weights.UpdateReport]] = {side: [] for side in kinds}
-        portion = torch.randint(-999, 999, (min(self.nbytes, 2 << 30) // 2,), dtype=torch.int16)
-        self.source = portion.to(device)
+        size = (min(self.nbytes, 2 << 30) // 2,)
+        self.source = torch.randint(-999, 999, size, dtype=torch.int16, device=device)
         self.room = torch.empty_like(self.source)
 
     def change(self) -> None:
@@ -177,7 +177,8 @@ def run(name: str, shapes: Shapes, device: str, *, rounds: int) -> dict:
         assert pipe.recv() == "ready"
         trainer = Trainer(shapes, device, folder, pipe)
         sides = trainer.sides()
-        times = interleaved(sides, before=dict.fromkeys(sides, trainer.change), rounds=rounds)
+        before = dict.fromkeys(sides, trainer.change)
+        times = interleaved(sides, before=before, rounds=rounds, wall=True)
         exact = True
         for side, call in sides.items():
             trainer.change()
@@ -211,16 +212,16 @@ def run(name: str, shapes: Shapes, device: str, *, rounds: int) -> dict:
     }
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """Qwen3-8B; on a GPU that holds it twice Qwen3-30B-A3B too."""
     rounds = 3 if quick else 9
     if quick or device == "cpu":
         layers, scale = (2, 64) if quick else (36, 8)
         shapes = qwen3_dense_shapes(layers, scale)
-        return [run(f"Qwen3-8B, sizes / {scale}", shapes, device, rounds=rounds)]
-    rows = [run("Qwen3-8B", qwen3_dense_shapes(36, 1), device, rounds=rounds)]
+        yield run(f"Qwen3-8B, sizes / {scale}", shapes, device, rounds=rounds)
+        return
+    yield run("Qwen3-8B", qwen3_dense_shapes(36, 1), device, rounds=rounds)
     large = qwen3_moe_shapes(48, 1)
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] > 2 * sum(2 * math.prod(shape) for shape in large) + (8 << 30):
-        rows.append(run("Qwen3-30B-A3B", large, device, rounds=5))
-    return rows
+        yield run("Qwen3-30B-A3B", large, device, rounds=5)

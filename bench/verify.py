@@ -3,15 +3,18 @@
 Limit, measured in the same rounds: one copy of the target's logits into warm memory; the draft's
 are read besides. Beside it the usual torch verifier: two softmaxes, the test, the residual
 max(p − q, 0) of every row and a multinomial of it. No filters: torch would have to sort for them.
+On a GPU `graph` is the same call replayed by a CUDA graph.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 
 import pyrlk
 
-from .measure import interleaved
+from .measure import captured, interleaved
 
 VOCAB, QUICK = 151936, 32000
 DEPTH = 3
@@ -32,9 +35,9 @@ def _torch_verifier(target: torch.Tensor, tokens: torch.Tensor, draft: torch.Ten
 
 def run(batch: int, vocab: int, device: str, *, rounds: int) -> dict:
     """One row of the table."""
-    g = torch.Generator().manual_seed(0)
-    target = (3 * torch.randn(batch, DEPTH + 1, vocab, generator=g)).to(device)
-    draft = target[:, :-1] + 0.3 * torch.randn(batch, DEPTH, vocab, generator=g).to(device)
+    torch.manual_seed(0)
+    target = 3 * torch.randn(batch, DEPTH + 1, vocab, device=device)
+    draft = target[:, :-1] + 0.3 * torch.randn(batch, DEPTH, vocab, device=device)
     tokens = pyrlk.sample(draft, seed=1).token
     warm = torch.empty_like(target)
 
@@ -54,15 +57,14 @@ def run(batch: int, vocab: int, device: str, *, rounds: int) -> dict:
     }
     if error > 1e-5 or not torch.equal(out.logprob, pyrlk.token_logprobs(target, scored)):
         return row | {"failed": "correctness gate: no times are reported"}
-    times = interleaved(
-        {
-            "copy": lambda: warm.copy_(target),
-            "verify": verify,
-            "torch": lambda: _torch_verifier(target, tokens, draft),
-        },
-        rounds=rounds,
-        warmup=2,
-    )
+    sides: dict[str, Callable[[], object]] = {
+        "copy": lambda: warm.copy_(target),
+        "verify": verify,
+        "torch": lambda: _torch_verifier(target, tokens, draft),
+    }
+    if device == "cuda":
+        sides["graph"] = captured(verify)
+    times = interleaved(sides, rounds=rounds)
     return row | {
         "times": {side: t.as_dict() for side, t in times.items()},
         "verify_over_copy": times["verify"].over(times["copy"]),
@@ -70,7 +72,8 @@ def run(batch: int, vocab: int, device: str, *, rounds: int) -> dict:
     }
 
 
-def main(device: str, quick: bool) -> list[dict]:
+def main(device: str, quick: bool) -> Iterator[dict]:
     """B = 16 on a CPU, 1 and 128 on a GPU."""
     vocab, rounds = QUICK if quick else VOCAB, 5 if quick else 9
-    return [run(batch, vocab, device, rounds=rounds) for batch in ROWS[device]]
+    for batch in ROWS[device]:
+        yield run(batch, vocab, device, rounds=rounds)

@@ -307,18 +307,38 @@ def _cuda_handles() -> list[Line]:
     return [_export(_C, device) for device in range(count)]
 
 
+# Without torch: the extension alone is loaded in a moment.
+_OPEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import _C
+device = int(sys.argv[2])
+try: _C.cuda_ipc_close(device, _C.cuda_ipc_open(device, bytes.fromhex(sys.argv[3])))
+except _C.CudaError as error: sys.exit(str(error))
+"""
+
+
 def _export(_C, device: int) -> Line:
+    """A handle, exported here and opened by another process: a sandbox may allow one alone."""
     name = f"cuda handles {device}"
+    cure = "trainer and engine must share the pid and ipc namespaces; MIG and WSL lack CUDA IPC"
     try:
         address = _C.cuda_alloc(device, 1 << 21)
         try:
-            _C.cuda_ipc_export(device, address)
+            handle, _, _ = _C.cuda_ipc_export(device, address)
+            folder = os.path.dirname(os.path.abspath(_C.__file__))
+            command = [sys.executable, "-c", _OPEN, folder, str(device), handle.hex()]
+            opened = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, check=False
+            )
         finally:
             _C.cuda_free(device, address)
     except Exception as error:
-        cure = "trainer and engine must share the pid and ipc namespaces; MIG and WSL lack CUDA IPC"
         return Line(name, f"no: {error}", cure)
-    return Line(name, "yes: cudaIpcMemHandle exported")
+    if opened.returncode:
+        said = opened.stderr.strip().splitlines() or [f"exit code {opened.returncode}"]
+        return Line(name, f"exported, but not opened by another process: {said[-1]}", cure)
+    return Line(name, "yes: cudaIpcMemHandle exported, and opened by another process")
 
 
 def _first_line(command: list[str]) -> str:

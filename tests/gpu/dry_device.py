@@ -7,6 +7,7 @@ the CPU, kernels of pyrlk in Triton's interpreter (TRITON_INTERPRET=1). As on a 
     an op of pyrlk runs its CUDA body
     what waits for the device raises under set_sync_debug_mode("error") and in a capture
     a captured graph replays its operations into the same memory
+    where a driver is pretended too (PYRLK_LIBCUDA), tensors lie in memory that it can export
 
 Timing, races, compiled code and the rounding of the hardware are not the device's.
 """
@@ -14,6 +15,8 @@ Timing, races, compiled code and the rounding of the hardware are not the device
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing.util
 import os
 import time
 import types
@@ -50,6 +53,7 @@ def size(device, dry):
 
 
 class _State:
+    installed = False
     sync = "default"
     capture: list | None = None  # what the graph under capture has recorded
 
@@ -90,6 +94,9 @@ class Device(Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol):
+        return _arrived, (self.cpu(),)  # torch's own way to another process copies here
+
     def numpy(self):
         raise TypeError("can't convert a tensor of the device to numpy; use .cpu() first")
 
@@ -99,6 +106,51 @@ class Device(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
+
+
+def _arrived(host: Tensor) -> Tensor:
+    return _to(host, CUDA)
+
+
+class _Memory:
+    """As torch's allocator: blocks of the driver, cut into tensors. Nothing is given back."""
+
+    BLOCK, ALIGN = 8 << 20, 512
+
+    def __init__(self):
+        self.blocks: list[int] = []
+        self.at = self.end = 0
+
+    def like(self, x: Tensor) -> Tensor:
+        """A tensor of the same form in memory of the driver; its values are not copied."""
+        from pyrlk import _C
+
+        nbytes = x.untyped_storage().nbytes()
+        if self.at + nbytes > self.end:
+            size = max(self.BLOCK, nbytes)
+            self.at = _C.cuda_alloc(0, size)
+            self.end = self.at + size
+            if not self.blocks:
+                multiprocessing.util.Finalize(None, self.free, exitpriority=0)
+            self.blocks.append(self.at)
+        address = self.at
+        self.at += -(-nbytes // self.ALIGN) * self.ALIGN
+        flat = _at(address, nbytes)
+        return flat.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def free(self) -> None:
+        from pyrlk import _C
+
+        for block in self.blocks:
+            _C.cuda_free(0, block)
+
+
+def _at(address: int, nbytes: int) -> Tensor:
+    return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+
+
+_memory = _Memory() if os.environ.get("PYRLK_LIBCUDA") else None
+_ALLOCATES = {aten.empty.memory_format, aten.empty_strided.default, aten._to_copy.default}
 
 
 class _ToHost(torch.autograd.Function):
@@ -117,7 +169,8 @@ _plain_to = Tensor.to
 def _to(self: Tensor, *args, device=None, **kwargs) -> Tensor:
     """Tensor.to, between the two devices."""
     devices = [x for x in (device, *args) if isinstance(x, str | torch.device)]
-    rest = [x for x in args if not isinstance(x, str | torch.device)]
+    # nn.Module.to gives (device, None, non_blocking).
+    rest = [x for x in args if isinstance(x, torch.dtype | Tensor)]
     x = _plain_to(self, *rest, **kwargs) if rest or kwargs else self
     if not devices or _on_cuda(devices[0]) == isinstance(x, Device):
         return x
@@ -130,6 +183,9 @@ def _made_there(make):
     def call(data, *args, device=None, **kwargs):
         if not _on_cuda(device):
             return make(data, *args, device=device, **kwargs)
+        interface = getattr(data, "__cuda_array_interface__", None)
+        if interface is not None and not isinstance(data, Tensor):
+            return Device(_at(interface["data"][0], interface["shape"][0]))
         there = isinstance(data, Device)
         x = data if there else make(data, *args, device="cpu", **kwargs)
         return _to(x, *kwargs.values()) if there else _to(x, CUDA)
@@ -175,6 +231,8 @@ def _run(func, args, kwargs):
         _wait(str(func))
     host_args, host_kwargs = _hosts((args, kwargs))
     out = _call(func, host_args, host_kwargs)
+    if _memory and func in _ALLOCATES and out.numel() and not here:
+        out = _memory.like(out).copy_(out)
     if _State.capture is not None:
         _State.capture.append((func, host_args, host_kwargs, out))
     if func is aten.copy_.default and not isinstance(args[0], Device):
@@ -293,6 +351,9 @@ def _set_sync_debug_mode(mode) -> None:
 
 def install() -> None:
     """Put the device in place, for the rest of this process."""
+    if _State.installed:
+        return
+    _State.installed = True
     from triton.runtime import interpreter
 
     properties = types.SimpleNamespace(
@@ -301,6 +362,7 @@ def install() -> None:
     fakes = {
         "is_available": lambda: True,
         "_lazy_init": lambda: None,
+        "init": lambda: None,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
@@ -328,6 +390,8 @@ def install() -> None:
     executor = interpreter.GridExecutor
     executor.__call__ = _launch(executor.__call__)
     Tensor.to = _to
+    # A parameter stays the object it was, and so does what is tied to it.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     Tensor.cuda = lambda self, device=None: _to(self, CUDA)
     torch.tensor, torch.as_tensor = _made_there(torch.tensor), _made_there(torch.as_tensor)
     _mode.__enter__()

@@ -1,5 +1,7 @@
 """compute-sanitizer over gpu tests on short rows: `make sanitize-gpu`.
 
+`--tool` takes one of the tools, and may be repeated; all other arguments are pytest's.
+
 An instrumented kernel is some hundred times slower, so PYRLK_GPU_SHORT=1 cuts rows to three groups
 and the tests are those that reach every kernel once, in every branch. Memory is not cached, so that
 an access beyond a tensor is one beyond its allocation; no graph can be captured then.
@@ -7,6 +9,7 @@ an access beyond a tensor is one beyond its allocation; no graph can be captured
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -40,6 +43,10 @@ def find() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sanitize.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("--tool", choices=TOOLS, action="append")
+    options, arguments = parser.parse_known_args(arguments)
+    tools = options.tool or TOOLS
     sanitizer = find()
     if sanitizer is None:
         print(MISSING, file=sys.stderr)
@@ -53,11 +60,11 @@ def main(arguments: list[str]) -> int:
     pytest = [sys.executable, "-c", run, str(HERE), "-m", "gpu", "-k", " or ".join(TESTS)]
     pytest += ["--timeout", "3600", "-p", "no:cacheprovider", *arguments]
     reports = []
-    for tool in TOOLS:
+    for tool in tools:
         print(f"compute-sanitizer --tool {tool}", flush=True)
         command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
         reports.append(subprocess.run([*command, *pytest], env=environment).returncode)
-    for tool, code in zip(TOOLS, reports, strict=True):
+    for tool, code in zip(tools, reports, strict=True):
         print(f"{tool}: {'no reports' if code == 0 else f'failed with {code}'}")
     return int(any(reports))
 

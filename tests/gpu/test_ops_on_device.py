@@ -58,6 +58,7 @@ def batch():
         "tau": torch.rand(shape) + 0.5,
         "ids": Support.from_mask(kept).ids,
         "offsets": Support.from_mask(kept).offsets,
+        "bounds": torch.tensor([0, LENGTH + 1, LENGTH + 1, 3 * LENGTH]),  # of packed sequences
     }
 
 
@@ -97,6 +98,17 @@ def kept_and_tempered(b):
     loss = policy(b, pyrlk.DAPO(), leaf, **options)
     loss.backward()
     return [loss.detach(), leaf.grad]
+
+
+def packed(objective):
+    def run(b):
+        leaf = b["logits"].flatten(0, 1).detach().requires_grad_()
+        rest = (b[name].flatten() for name in ("tokens", "old", "advantages", "mask"))
+        loss = pyrlk.policy_loss(leaf, *rest, objective=objective, cu_seqlens=b["bounds"])
+        loss.backward()
+        return [loss.detach(), leaf.grad]
+
+    return run
 
 
 def from_logprobs(b):
@@ -154,6 +166,7 @@ def advantages(b):
 
 ON_LOGITS = {f"loss {o}": loss_of(o) for o in OBJECTIVES}
 ON_LOGITS |= {f"in place {o}": in_place(o) for o in (pyrlk.DAPO(), pyrlk.GSPO(0.2, 0.2))}
+ON_LOGITS |= {f"packed {o}": packed(o) for o in (pyrlk.GRPO(), pyrlk.GSPO(0.2, 0.2))}
 ON_LOGITS |= {
     "kept, tempered, corrected": kept_and_tempered,
     "from log-probs": from_logprobs,

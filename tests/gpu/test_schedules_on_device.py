@@ -5,7 +5,7 @@ import types
 import pytest
 import schedules as cases
 import torch
-from dry_device import DRY, size
+from dry_device import DRY, SHORT, size
 
 pytest.importorskip("triton")
 
@@ -23,6 +23,8 @@ DTYPES = size([torch.float32, torch.float16, torch.bfloat16], [torch.float32, to
 VOCABULARIES = [(1, None), (4095, None), (4097, None), (20000, None), (50257, 50304)]
 VOCABULARIES += [(32000, None), (128256, None), (151936, None), (262144, None)]
 VOCABULARIES = [lengths for lengths in VOCABULARIES if lengths[0] <= size(262144, 0)]
+if SHORT:
+    DTYPES, VOCABULARIES = DTYPES[-1:], VOCABULARIES[::2]
 if DRY:
     VOCABULARIES = [(1, None), (63, None), (400, 448)]
 VOCAB, SMALL = size(151936, 600), size(32000, 300)

@@ -195,3 +195,32 @@ def test_the_importer_closes_before_the_exporter_frees(driver, start, tmp_path):
     # Every bucket is complete before its handle is announced, and read before it is acknowledged.
     assert order.count("sync") >= 8
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("pyrlk-fake-")]
+
+
+def doctor(**env: str) -> list[str]:
+    code = (
+        "from pyrlk import doctor, _C\nprint(*(l.value for l in doctor._cuda_handles()), sep='\\n')"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    return out.stdout.splitlines()
+
+
+def test_doctor_opens_a_handle_in_another_process(driver, tmp_path):
+    log = tmp_path / "calls"
+    lines = doctor(PYRLK_LIBCUDA=driver, FAKE_CUDA_LOG=str(log))
+    assert lines == ["yes: cudaIpcMemHandle exported, and opened by another process"] * 2
+    calls = [line.split() for line in log.read_text().splitlines()]
+    assert [call for _, call in calls] == ["alloc", "export", "open", "close", "free"] * 2
+    assert len({pid for pid, _ in calls}) == 3
+
+
+def test_doctor_tells_a_handle_that_cannot_be_opened(driver):
+    lines = doctor(PYRLK_LIBCUDA=driver, FAKE_CUDA_FAIL="open once")
+    assert all(
+        "exported, but not opened by another process: cuIpcOpenMemHandle" in x for x in lines
+    )
+    lines = doctor(PYRLK_LIBCUDA=driver, FAKE_CUDA_NO_EXPORT="1")
+    assert all(line.startswith("no: cuIpcGetMemHandle") for line in lines)
