@@ -190,9 +190,9 @@ def mask_type(x: Tensor) -> Tensor:
 
 
 def temperature(x, z: Tensor, shape, other_name="logits") -> tuple[float, Tensor | None]:
-    """(number, per-token tensor or None); τ > 0."""
+    """(number, per-token tensor or None); τ > 0. A constant, whatever graph it comes from."""
     if isinstance(x, Tensor):
-        return 1.0, floating("temperature", x, z, shape, other_name)
+        return 1.0, floating("temperature", x, z, shape, other_name).detach()
     return compute_number("temperature", x, z, 0.0, above=True), None
 
 

@@ -225,7 +225,7 @@ def _float_rows(name: str, x, z: Tensor, low: float, high: float = float("inf"))
         x = _row_tensor(name, x, z)
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {x.dtype}")
-        return x.to(torch.float32).contiguous()
+        return x.detach().to(torch.float32).contiguous()
     value = _check.number(name, x, low, high)
     if value > torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be representable in float32, got {value}")

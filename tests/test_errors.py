@@ -464,6 +464,7 @@ def test_tensors_of_another_graph_are_constants():
     logits = z().requires_grad_()
     others = {"old_logprobs": f(), "advantages": f(), "mask": torch.rand(B, L)}
     others |= {"ref_logprobs": f(), "rollout_logprobs": f(), "normalizer": torch.tensor(3.0)}
+    others |= {"temperature": torch.rand(B, L) + 0.5}
     options = {"kl_coef": 0.1, "correction": TIS(), "return_stats": True}
     results = []
     for wants in (False, True):
@@ -477,3 +478,9 @@ def test_tensors_of_another_graph_are_constants():
     assert torch.equal(results[0][1], results[1][1])
     assert not loss(**others).requires_grad
     assert not grad(advantages=f().requires_grad_()).requires_grad
+    tau = others["temperature"]
+    assert not pyrlk.token_logprobs(z(), ids(), temperature=tau).requires_grad
+    drawn = pyrlk.sample(z(), seed=0, temperature=tau, min_p=0.1 * tau)
+    assert not drawn.logprob.requires_grad
+    assert not drawn.full_logprob.requires_grad
+    assert not pyrlk.normalizer(others["mask"], pyrlk.GRPO()).requires_grad
