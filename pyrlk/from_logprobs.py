@@ -181,7 +181,7 @@ def from_logprobs(z: Tensor, entropy: Tensor | None, options: Options) -> Any:
     if not options.return_stats:
         return loss
     with torch.no_grad():
-        stats = _plan.statistics(logprobs, old, policy_advantages, m, ref, entropy, factor, t)
+        stats = _plan.statistics(logprobs, old, advantages, m, ref, entropy, factor, t)
     return loss, PolicyStats(*stats.unbind())
 
 
