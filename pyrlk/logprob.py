@@ -211,17 +211,12 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], *tensors, output[3], output[2])
     ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
     ctx.with_entropy, ctx.inplace = inputs[9:]
-    ctx.spent = False
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, h, *_constants):
     if g is None and h is None:
         return (None,) * 11
-    if ctx.spent:
-        raise RuntimeError(
-            "second backward through the same pyrlk loss: the first wrote over its logits"
-        )
     logits, tokens, ids, offsets, temperatures, first, stats = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
     h = h if ctx.with_entropy else None
@@ -229,7 +224,6 @@ def _backward(ctx, g, h, *_constants):
         return (_token_logprobs_backward(logits, *rows, first, stats, g, h), *(None,) * 10)
     if torch.is_grad_enabled():
         raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
-    ctx.spent = True
     grad = logits.detach()
     _token_logprobs_backward_(grad, *rows, first, stats, g, h)
     return (grad, *(None,) * 10)

@@ -54,6 +54,7 @@ def op_arguments():
         "token_logprobs_backward_": (z.clone(), *row, first, stats, adv, old),
         "policy_loss": (z, *loss, True),
         "policy_loss_": (z.clone(), *loss),
+        "once": (torch.tensor(1.0, requires_grad=True),),
         "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
         "scale_": (z.clone(), torch.tensor(2.0)),
         "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
@@ -270,11 +271,10 @@ THREE = [pyrlk.DAPO(), *TWO]
 def test_a_second_backward_and_a_double_backward_raise(inplace, objective):
     z, tokens, old, adv = batch()
     leaf, options = z.requires_grad_(), {"inplace": inplace, "objective": objective}
-    if inplace or objective is THREE[0]:
-        loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
-        loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="second backward"):
-            loss.backward()
+    loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
     loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
     if not inplace and objective in TWO:
         (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
