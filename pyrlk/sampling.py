@@ -10,6 +10,7 @@ position). A row's result depends on its logits, parameters, seed and position a
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -168,6 +169,10 @@ def replay(logits: Tensor, **parameters) -> Sample:
         As `sample`.
     """
     return sample(logits, **parameters)
+
+
+# help() and inspect name the parameters, and not `**parameters`.
+replay.__signature__ = inspect.signature(sample)  # type: ignore[attr-defined]
 
 
 def room(capacity, z: Tensor, top_k, keep_ties: bool = False) -> tuple[int, bool]:
