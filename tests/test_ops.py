@@ -224,6 +224,22 @@ def compiled_equals_eager(step, backend, lengths):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_random_choice_by_its_seed_compiles_too():
+    """ClipCov's: a compiled graph takes no new torch.Generator, nor does a captured one."""
+    torch._dynamo.reset()
+    z, tokens, old, adv = batch()
+
+    def step(z, seed):
+        objective = pyrlk.ClipCov(share=0.3, cov_low=-9.0, cov_high=9.0, seed=seed)
+        return pyrlk.policy_loss(z, tokens, old, adv, objective=objective)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    losses = [step(z, seed) for seed in range(4)]
+    for seed, loss in enumerate(losses):
+        torch.testing.assert_close(compiled(z, seed), loss)
+    assert len({loss.item() for loss in losses}) == 4
+
+
 @pytest.mark.slow
 def test_a_compiled_reinforce_gradient_equals_eager_without_recompiling():
     torch._dynamo.reset()
