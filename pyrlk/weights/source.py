@@ -156,7 +156,7 @@ class Source(Table):
 
 
 def _pairs(named_tensors: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(named_tensors, Tensor | str | bytes):
+    if isinstance(named_tensors, Tensor | str | bytes) or not isinstance(named_tensors, Iterable):
         raise TypeError(
             "named_tensors must be a mapping, an iterable of (name, tensor) or a module, got "
             f"{type(named_tensors).__name__}"
