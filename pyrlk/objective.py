@@ -231,7 +231,7 @@ class CISPO(Objective):
     def policy_term(self, batch: Batch) -> Tensor:
         ratio = _ratio(batch.log_ratio.detach(), batch.advantages)
         weight = ratio.clamp(1 - self.eps_low, 1 + self.eps_high)
-        return batch.corrected(-weight * batch.advantages * batch.logprobs)
+        return batch.corrected(-_weighted(weight * batch.advantages, batch.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ class DPPO(Objective):
         valid = torch.where(batch.advantages > 0, up, down)
         ratio = _ratio(logprobs - old, batch.advantages).clamp(max=self.max_ratio)
         weight = torch.where(valid, ratio, 0.0)
-        return batch.corrected(-weight * batch.advantages * batch.logprobs)
+        return batch.corrected(-_weighted(weight * batch.advantages, batch.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +293,7 @@ class DRO(Objective):
 
     def policy_term(self, batch: Batch) -> Tensor:
         penalty = 0.5 * self.beta * batch.log_ratio.square()
-        return batch.corrected(penalty - batch.advantages * batch.logprobs)
+        return batch.corrected(penalty - _weighted(batch.advantages, batch.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +402,7 @@ class VESPO(Objective):
             k = _by_side(up, self.k_pos, self.k_neg, log_w)
             decay = _by_side(up, self.lambda_pos, self.lambda_neg, log_w)
             phi = torch.exp(decay + k * log_w - decay * torch.exp(log_w))
-        return -phi * batch.advantages * batch.logprobs
+        return -_weighted(phi * batch.advantages, batch.logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,6 +474,11 @@ def _ratio(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     x = torch.where(advantages != 0, log_ratio, 0.0)
     over = x > math.log(torch.finfo(x.dtype).max)
     return torch.where(over, math.inf, torch.exp(torch.where(over, 0.0, x)))
+
+
+def _weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
+    """weight·logp, and 0 where the weight is 0: a token there may have probability 0."""
+    return weight * torch.where(weight != 0, logprobs, 0.0)
 
 
 def _by_side(up: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
@@ -607,7 +612,7 @@ def token_loss(
         ratio = _ratio(log_ratio, advantages)
         loss = -surrogate(ratio, advantages, t.eps_low, t.eps_high, t.delta, t.dual_clip)
     else:
-        loss = -advantages * torch.where(advantages != 0, logprobs, 0.0)
+        loss = -_weighted(advantages, logprobs)
     if t.kl_coef != 0:
         if ref_logprobs is None:
             raise ValueError("ref_logprobs is needed where kl_coef is not 0")
