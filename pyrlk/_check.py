@@ -36,6 +36,9 @@ def tensor(name: str, x) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor, got a nested one")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
+    # Its memory has the other sign. A compiler knows, and cannot be asked.
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise TypeError(f"{name} must not be a negated view; use {name}.resolve_neg()")
     return x
 
 

@@ -90,6 +90,7 @@ CASES = [
             (None, T, "tensor, got NoneType"),
             (META, T, "cpu or cuda, got a tensor on meta"),
             (SPARSE, T, "dense tensor"),
+            (torch._neg_view(z()), T, "negated view; use logits.resolve_neg"),
             (ids(B, L, V), T, "float32, float16, bfloat16, float64 on cpu, got torch.int64"),
             (z().to(torch.complex64), T, "complex64"),
             (z(B, L, 0), W, "V ≥ 1"),
@@ -103,6 +104,7 @@ CASES = [
         for call in (score, loss, grad)
         for bad, error, wanted in [
             ([0], T, "tensor, got list"),
+            (torch._neg_view(ids()), T, "negated view"),
             (f(), T, "int64 or int32, got torch.float32"),
             (torch.zeros(B, L, dtype=torch.bool), T, "got torch.bool"),
             (ids(B), W, r"shape \[2, 3\], got \[2\]"),

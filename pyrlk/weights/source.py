@@ -66,6 +66,7 @@ class Table:
             and _equal(map(_DEVICE, tensors), noted._devices)
             and _equal(map(Tensor.size, tensors), noted._shapes)
             and _equal(map(Tensor.stride, tensors), noted._strides)
+            and not any(map(Tensor.is_neg, tensors))
         ):
             return False
         self.addresses = list(map(Tensor.data_ptr, tensors))
@@ -147,6 +148,11 @@ class Source(Table):
             if not layouts.supported(tensor.dtype):
                 raise Unsupported(
                     f"{name!r} has dtype {tensor.dtype}, which has no code on the wire"
+                )
+            if tensor.is_neg():
+                raise Unsupported(
+                    f"{name!r} is a negated view, whose memory has the other sign: pass "
+                    "tensor.resolve_neg()"
                 )
             if tensor.numel() and tensor.data_ptr() == 0:
                 raise Unsupported(

@@ -375,6 +375,7 @@ def test_the_ring_grows_with_the_update_and_never_with_time(socket_path, serving
         ({"a": torch.zeros(1, device="meta")}, weights.Unsupported, "'a' is a meta tensor"),
         ({"a": torch.eye(3).to_sparse()}, weights.Unsupported, "'a' is a torch.sparse_coo tensor"),
         ({"a": torch.zeros(1, dtype=torch.complex64)}, weights.Unsupported, "complex64"),
+        ({"a": torch._neg_view(torch.ones(1))}, weights.Unsupported, "'a' is a negated view"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_connecting(socket_path, tensors, error, message):
