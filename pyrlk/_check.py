@@ -12,6 +12,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MASK_DTYPES = (
@@ -39,6 +40,9 @@ def tensor(name: str, x) -> Tensor:
     # Its memory has the other sign. A compiler knows, and cannot be asked.
     if not torch.compiler.is_compiling() and x.is_neg():
         raise TypeError(f"{name} must not be a negated view; use {name}.resolve_neg()")
+    # torch would drop the tangent silently.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name} has a tangent: pyrlk has no forward-mode derivatives")
     return x
 
 

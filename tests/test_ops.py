@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -299,6 +300,24 @@ def test_a_second_backward_and_a_double_backward_raise(inplace, objective):
         return
     with pytest.raises(RuntimeError, match="create_graph is not supported"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z: pyrlk.token_logprobs(z, torch.zeros(B, L).long()),
+        lambda z: pyrlk.reinforce_loss(z, torch.zeros(B, L).long(), torch.ones(B, L)),
+        lambda z: pyrlk.linear_token_logprobs(z, torch.ones(9, V), torch.zeros(B, L).long()),
+    ],
+)
+def test_a_forward_mode_derivative_raises_and_is_never_zero(f):
+    z = torch.randn(B, L, V)
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(f, (z,), (torch.ones_like(z),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has a tangent"):
+        f(forward_ad.make_dual(z, torch.ones_like(z)))
+    with forward_ad.dual_level():
+        assert f(z).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
