@@ -144,7 +144,8 @@ gradient = _op.by_device(cpu=_gradient_cpu, cuda=_gradient_cuda)
 
 
 def _score_fake(logits, rows, shard, with_entropy, inplace):
-    return *_outputs(logits, with_entropy), torch.empty((), dtype=torch.int64)
+    first = torch.empty((), dtype=torch.int64, device="cpu")
+    return *_outputs(logits, with_entropy), first
 
 
 @_op.op("token_logprobs", fake=_score_fake)
@@ -174,7 +175,7 @@ def score(
     if logits.is_cuda:  # the CPU kernel checks what it reads
         check_tokens(at.tokens, at.kept, at.tokens != -100, at.vocab)
     statistics(logits, at, logprob, entropy if with_entropy else None, stats)
-    return logprob, entropy, stats, torch.full((), -1)
+    return logprob, entropy, stats, torch.full((), -1, device="cpu")
 
 
 def _backward_rows(logits, rows: Rows, first, stats, g, h, grad) -> None:

@@ -278,6 +278,46 @@ def test_a_compiled_sampler_equals_eager_without_recompiling():
     assert torch.equal(got.support.offsets, want.support.offsets)
 
 
+def every_result(z, tokens, old, adv, h):
+    """Losses, gradients, log-probs and draws by each way to a kernel."""
+    out = []
+    for objective in (pyrlk.DAPO(), pyrlk.GSPO(), pyrlk.ClipCov(share=0.5)):
+        for f in (
+            lambda o: pyrlk.policy_loss(z * 1, tokens, old, adv, objective=o, inplace=True),
+            lambda o: pyrlk.policy_loss(z, tokens, old, adv, objective=o, entropy_coef=0.1),
+            lambda o: pyrlk.linear_policy_loss(h, WEIGHT, tokens, old, adv, objective=o),
+        ):
+            loss = f(objective)
+            out += [loss, *torch.autograd.grad(loss, (z, h), allow_unused=True)]
+    logprobs = pyrlk.linear_token_logprobs(h, WEIGHT, tokens)
+    drawn = pyrlk.sample(z, seed=0, top_p=0.9, return_support=True)
+    out += [logprobs, *torch.autograd.grad(logprobs.sum(), h), *drawn[:5], *drawn.support[:2]]
+    out += [*pyrlk.mtp_loss(h, WEIGHT, tokens, return_stats=True)[1]]
+    out += [*pyrlk.verify_draft(z, tokens[:, 1:], seed=0, return_support=True).support[:2]]
+    return [x for x in out if x is not None]
+
+
+@pytest.mark.parametrize("setting", ["device", "dtype"])
+def test_the_users_defaults_for_new_tensors_change_nothing(setting):
+    """set_default_device("cuda") is common, and logits may still be on the CPU."""
+    z, tokens, old, adv = batch()
+    leaves = z.requires_grad_(), torch.randn(B, L, 16).requires_grad_()
+    arguments = leaves[0], tokens, old, adv, leaves[1]
+    want = every_result(*arguments)
+    try:
+        if setting == "device":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64)
+        got = every_result(*arguments)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(want, got, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        assert torch.equal(a, b)
+
+
 # One launch, and what takes two: a sequence ratio, a callable.
 TWO = [pyrlk.GSPO(), lambda logprobs, old, adv, mask: -(logprobs - old).exp() * adv]
 THREE = [pyrlk.DAPO(), *TWO]
