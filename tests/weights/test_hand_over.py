@@ -262,10 +262,11 @@ def test_load_weights_gets_every_tensor_and_its_error_comes_back(socket_path, se
         serving(weights.Receiver(load, socket_path)) as receiver,
         weights.Publisher(weights.Local(socket_path), bucket_bytes=256) as publisher,
     ):
-        report = publisher.update(GOOD, version=1)
-        assert equal(got, GOOD)
+        sent = GOOD | {"empty": torch.zeros(0, 4, dtype=torch.bfloat16)}
+        report = publisher.update(sent, version=1)
+        assert equal(got, sent)
         assert report.planned == 0
-        assert report.fallback.keys() == GOOD.keys()
+        assert report.fallback.keys() == sent.keys()
         assert report.names_from == "unchecked"
         bad = {"weight": torch.full((3, 5), torch.nan)}
         with pytest.raises(weights.ApplyFailed, match="ValueError: weight is NaN") as caught:
