@@ -12,6 +12,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MASK_DTYPES = (
@@ -36,6 +37,12 @@ def tensor(name: str, x) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor, got a nested one")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
+    # Its memory has the other sign. A compiler knows, and cannot be asked.
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise TypeError(f"{name} must not be a negated view; use {name}.resolve_neg()")
+    # torch would drop the tangent silently.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name} has a tangent: pyrlk has no forward-mode derivatives")
     return x
 
 
@@ -190,9 +197,9 @@ def mask_type(x: Tensor) -> Tensor:
 
 
 def temperature(x, z: Tensor, shape, other_name="logits") -> tuple[float, Tensor | None]:
-    """(number, per-token tensor or None); τ > 0."""
+    """(number, per-token tensor or None); τ > 0. A constant, whatever graph it comes from."""
     if isinstance(x, Tensor):
-        return 1.0, floating("temperature", x, z, shape, other_name)
+        return 1.0, floating("temperature", x, z, shape, other_name).detach()
     return compute_number("temperature", x, z, 0.0, above=True), None
 
 

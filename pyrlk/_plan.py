@@ -223,6 +223,7 @@ class Plan(NamedTuple):
     temperatures: Tensor | None
     mask: Tensor
     correction: Tensor | None
+    uncorrected: Tensor  # the advantages as they were given, for the statistics
     want_stats: bool
 
     def take(self, rows: slice | Tensor) -> Plan:
@@ -274,7 +275,7 @@ def prepare(rows: Tensor, inputs: Inputs) -> Plan:
     seqs = _objective.sequences(shape, cu)
     rule = _objective.Weighting(AGGREGATIONS[aggregation], max_length)
     weight = _objective.token_weights(rule, m, seqs, inputs.normalizer)
-    advantages = at_tokens(inputs.advantages, shape, seqs).to(dtype)
+    uncorrected = advantages = at_tokens(inputs.advantages, shape, seqs).to(dtype)
     factor = None
     if level:
         tis = TIS(("token", "sequence")[level - 1], ("clip", "mask")[masked_mode], max_ratio)
@@ -294,6 +295,7 @@ def prepare(rows: Tensor, inputs: Inputs) -> Plan:
         _op.flat(inputs.temperatures, dtype),
         m.reshape(-1),
         None if factor is None else factor.reshape(-1),
+        uncorrected.reshape(-1),
         bool(want_stats),
     )
 
@@ -314,7 +316,7 @@ def finish(plan: Plan, out: PerToken) -> tuple[Tensor, Tensor]:
     stats = statistics(
         out.logprob,
         plan.old,
-        plan.advantages,
+        plan.uncorrected,
         plan.mask,
         plan.ref,
         out.entropy,

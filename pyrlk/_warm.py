@@ -27,7 +27,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, code: int) -> Tensor:
         made = _C.warm_tensor(shape, code)
         if made is not None:
             return from_dlpack(made).view(dtype)
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def empty_ids(count: int) -> Tensor:

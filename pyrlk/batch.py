@@ -238,7 +238,13 @@ class DynamicSampler:
         missing = self._target - len(self.surplus)
         generated, kept = self.generated - self._before[0], self.kept - self._before[1]
         wanted = math.ceil(missing * generated / kept) if kept else missing
-        for group in self._generate(min(max(wanted, missing), 4 * self._target)):
+        groups = self._generate(min(max(wanted, missing), 4 * self._target))
+        try:
+            found = iter(groups)
+        except TypeError:
+            kind = type(groups).__name__
+            raise TypeError(f"generate must return an iterable of groups, got {kind}") from None
+        for group in found:
             self.generated += 1
             if self._informative(group):
                 self.kept += 1
@@ -246,11 +252,15 @@ class DynamicSampler:
 
     def _informative(self, group: Group) -> bool:
         if not isinstance(group, tuple) or len(group) != 3:
+            size = f" of {len(group)}" if isinstance(group, tuple) else ""
             raise TypeError(
                 "generate must yield (prompt, responses, rewards) tuples, got "
-                f"{type(group).__name__}"
+                f"{type(group).__name__}{size}"
             )
-        rewards = [float(r) for r in group[2]]
+        try:
+            rewards = [float(r) for r in group[2]]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"rewards of a group must be numbers: {error}") from None
         if len(rewards) != self._group_size:
             raise ValueError(
                 f"rewards of a group must be group_size = {self._group_size} numbers, "

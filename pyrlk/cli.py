@@ -122,9 +122,10 @@ def _demo(args: argparse.Namespace) -> int:
         if ranks.leads:
             print(
                 f"held-out accuracy: {result.before:.3f} after the warm-up, {result.after:.3f} "
-                f"after {result.steps} steps of {config.algorithm}\n"
-                f"picture: {folder / 'curve.svg'}"
+                f"after {result.steps} steps of {config.algorithm}"
             )
+            if result.steps:  # else there is nothing to draw
+                print(f"picture: {folder / 'curve.svg'}")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, _plan
+from . import _check, _op, _plan
 from . import objective as _objective
 from ._plan import Options, PolicyStats
 from .objective import DAPO, TIS, Objective
@@ -122,7 +122,30 @@ def two_launches(score: Callable, tokens: Tensor, options: Options) -> Any:
     counted = keep != -100
     mask = counted if mask is None else torch.where(counted, mask, 0)
     logprobs, entropy = score(keep)
-    return from_logprobs(logprobs, entropy, options._replace(mask=mask))
+    out = from_logprobs(logprobs, entropy, options._replace(mask=mask))
+    return (_once(out[0]), out[1]) if options.return_stats else _once(out)
+
+
+@_op.op("once", fake=lambda loss: torch.empty_like(loss))
+def _once(loss: Tensor) -> Tensor:
+    """`loss`, which backward may enter once: a rule of all losses, whatever their launches are."""
+    return loss.clone()
+
+
+def _once_setup(ctx, inputs, output):
+    ctx.spent = False
+
+
+def _once_backward(ctx, factor):
+    if ctx.spent:
+        raise RuntimeError(
+            "second backward through the same pyrlk loss: losses are differentiable once"
+        )
+    ctx.spent = True
+    return factor
+
+
+_once.register_autograd(_once_backward, setup_context=_once_setup)
 
 
 def from_logprobs(z: Tensor, entropy: Tensor | None, options: Options) -> Any:
@@ -181,7 +204,7 @@ def from_logprobs(z: Tensor, entropy: Tensor | None, options: Options) -> Any:
     if not options.return_stats:
         return loss
     with torch.no_grad():
-        stats = _plan.statistics(logprobs, old, policy_advantages, m, ref, entropy, factor, t)
+        stats = _plan.statistics(logprobs, old, advantages, m, ref, entropy, factor, t)
     return loss, PolicyStats(*stats.unbind())
 
 

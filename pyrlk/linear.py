@@ -271,7 +271,7 @@ def _logprobs_fake(hidden, weight, bias, rows, shard, settings, with_entropy):
     dtype, shape = _op.compute_dtype(hidden), rows.tokens.shape
     entropy = hidden.new_empty(shape if with_entropy else (0,), dtype=dtype)
     stats = hidden.new_empty((shape.numel() if shard.sharded else 0, 4), dtype=dtype)
-    first = torch.empty((), dtype=torch.int64)
+    first = torch.empty((), dtype=torch.int64, device="cpu")
     return hidden.new_empty(shape, dtype=dtype), entropy, stats, first
 
 
@@ -312,7 +312,7 @@ def _linear_logprobs(
             check_tokens(at.tokens, at.kept, active, at.vocab)
             index, logprob, entropy, _ = score(at)
             logprob, entropy = (_spread(x, index, shape.numel()) for x in (logprob, entropy))
-            stats, first = logprob.new_empty(0, 4), torch.full((), -1)
+            stats, first = logprob.new_empty(0, 4), torch.full((), -1, device="cpu")
         entropy = entropy.view(shape) if with_entropy else logprob.new_empty(0)
         return logprob.view(shape), entropy, stats, first
 

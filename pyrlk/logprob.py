@@ -144,7 +144,8 @@ gradient = _op.by_device(cpu=_gradient_cpu, cuda=_gradient_cuda)
 
 
 def _score_fake(logits, rows, shard, with_entropy, inplace):
-    return *_outputs(logits, with_entropy), torch.empty((), dtype=torch.int64)
+    first = torch.empty((), dtype=torch.int64, device="cpu")
+    return *_outputs(logits, with_entropy), first
 
 
 @_op.op("token_logprobs", fake=_score_fake)
@@ -174,7 +175,7 @@ def score(
     if logits.is_cuda:  # the CPU kernel checks what it reads
         check_tokens(at.tokens, at.kept, at.tokens != -100, at.vocab)
     statistics(logits, at, logprob, entropy if with_entropy else None, stats)
-    return logprob, entropy, stats, torch.full((), -1)
+    return logprob, entropy, stats, torch.full((), -1, device="cpu")
 
 
 def _backward_rows(logits, rows: Rows, first, stats, g, h, grad) -> None:
@@ -211,17 +212,12 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], *tensors, output[3], output[2])
     ctx.temperature, ctx.vocab = rows.temperature, rows.vocab
     ctx.with_entropy, ctx.inplace = inputs[9:]
-    ctx.spent = False
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, h, *_constants):
     if g is None and h is None:
         return (None,) * 11
-    if ctx.spent:
-        raise RuntimeError(
-            "second backward through the same pyrlk loss: the first wrote over its logits"
-        )
     logits, tokens, ids, offsets, temperatures, first, stats = ctx.saved_tensors
     rows = Rows(tokens, ids, offsets, ctx.temperature, temperatures, ctx.vocab)
     h = h if ctx.with_entropy else None
@@ -229,7 +225,6 @@ def _backward(ctx, g, h, *_constants):
         return (_token_logprobs_backward(logits, *rows, first, stats, g, h), *(None,) * 10)
     if torch.is_grad_enabled():
         raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")
-    ctx.spent = True
     grad = logits.detach()
     _token_logprobs_backward_(grad, *rows, first, stats, g, h)
     return (grad, *(None,) * 10)

@@ -390,7 +390,7 @@ def normalizer(
     TypeError, ValueError
         Naming the argument; on CPU also for weights that are negative or not finite.
     """
-    mask = _check.mask_type(_check.tensor("mask", mask))
+    mask = _check.mask_type(_check.tensor("mask", mask)).detach()
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an instance such as pyrlk.DAPO(), got {objective!r}")
     if not 1 <= _check.integer("micro_batches", micro_batches) < 1 << 31:

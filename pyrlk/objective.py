@@ -231,7 +231,7 @@ class CISPO(Objective):
     def policy_term(self, batch: Batch) -> Tensor:
         ratio = _ratio(batch.log_ratio.detach(), batch.advantages)
         weight = ratio.clamp(1 - self.eps_low, 1 + self.eps_high)
-        return batch.corrected(-weight * batch.advantages * batch.logprobs)
+        return batch.corrected(-_weighted(weight * batch.advantages, batch.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ class DPPO(Objective):
         valid = torch.where(batch.advantages > 0, up, down)
         ratio = _ratio(logprobs - old, batch.advantages).clamp(max=self.max_ratio)
         weight = torch.where(valid, ratio, 0.0)
-        return batch.corrected(-weight * batch.advantages * batch.logprobs)
+        return batch.corrected(-_weighted(weight * batch.advantages, batch.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +293,7 @@ class DRO(Objective):
 
     def policy_term(self, batch: Batch) -> Tensor:
         penalty = 0.5 * self.beta * batch.log_ratio.square()
-        return batch.corrected(penalty - batch.advantages * batch.logprobs)
+        return batch.corrected(penalty - _weighted(batch.advantages, batch.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +402,7 @@ class VESPO(Objective):
             k = _by_side(up, self.k_pos, self.k_neg, log_w)
             decay = _by_side(up, self.lambda_pos, self.lambda_neg, log_w)
             phi = torch.exp(decay + k * log_w - decay * torch.exp(log_w))
-        return -phi * batch.advantages * batch.logprobs
+        return -_weighted(phi * batch.advantages, batch.logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,9 +439,8 @@ class ClipCov(Objective):
             clipped = bounded * batch.advantages < ratio * batch.advantages
             cov = _covariance(batch)
             eligible = (batch.mask > 0) & ~clipped & (cov > self.cov_low) & (cov < self.cov_high)
-            chance = torch.Generator(device=cov.device).manual_seed(self.seed)
-            key = torch.rand(cov.shape, generator=chance, device=cov.device)
-            dropped = _first(torch.where(eligible, key, 2.0), batch.mask, self.share) & eligible
+            key = torch.where(eligible, _lots(self.seed, cov), torch.iinfo(torch.int64).max)
+            dropped = _first(key, batch.mask, self.share) & eligible
         loss = -surrogate(ratio, batch.advantages, self.eps_low, self.eps_high)
         return batch.corrected(torch.where(dropped, 0.0, loss))
 
@@ -477,6 +476,11 @@ def _ratio(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     return torch.where(over, math.inf, torch.exp(torch.where(over, 0.0, x)))
 
 
+def _weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
+    """weight·logp, and 0 where the weight is 0: a token there may have probability 0."""
+    return weight * torch.where(weight != 0, logprobs, 0.0)
+
+
 def _by_side(up: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
     """`positive` where `up`, else `negative`, in the dtype of `like` (torch.where of two numbers
     is float32 beside float64 tensors)."""
@@ -505,6 +509,23 @@ def _covariance(batch: Batch) -> Tensor:
     logprobs = batch.logprobs.detach()
     centred = logprobs - batch.mean(logprobs)
     return (batch.advantages - batch.mean(batch.advantages)) * centred
+
+
+def _lots(seed: int, like: Tensor) -> Tensor:
+    """A random number in [0, 2^62) for each place: splitmix64, the same on every device.
+
+    Not torch.rand with a generator: a compiler and a CUDA graph refuse one that is new.
+    """
+    x = torch.arange(1, like.numel() + 1, device=like.device) * _signed(0x9E3779B97F4A7C15)
+    x = x + _signed(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return (x ^ (x >> 31 & (1 << 33) - 1)).bitwise_and((1 << 62) - 1).view(like.shape)
+
+
+def _signed(x: int) -> int:
+    """The int64 of the same 64 bits."""
+    return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def _first(key: Tensor, mask: Tensor, share: float) -> Tensor:
@@ -591,7 +612,7 @@ def token_loss(
         ratio = _ratio(log_ratio, advantages)
         loss = -surrogate(ratio, advantages, t.eps_low, t.eps_high, t.delta, t.dual_clip)
     else:
-        loss = -advantages * torch.where(advantages != 0, logprobs, 0.0)
+        loss = -_weighted(advantages, logprobs)
     if t.kl_coef != 0:
         if ref_logprobs is None:
             raise ValueError("ref_logprobs is needed where kl_coef is not 0")

@@ -10,6 +10,7 @@ position). A row's result depends on its logits, parameters, seed and position a
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -170,6 +171,10 @@ def replay(logits: Tensor, **parameters) -> Sample:
     return sample(logits, **parameters)
 
 
+# help() and inspect name the parameters, and not `**parameters`.
+replay.__signature__ = inspect.signature(sample)  # type: ignore[attr-defined]
+
+
 def room(capacity, z: Tensor, top_k, keep_ties: bool = False) -> tuple[int, bool]:
     """(size of the id buffer, whether it may overflow); −1 is the exact size, which only the CPU
     knows beforehand."""
@@ -225,7 +230,7 @@ def _float_rows(name: str, x, z: Tensor, low: float, high: float = float("inf"))
         x = _row_tensor(name, x, z)
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {x.dtype}")
-        return x.to(torch.float32).contiguous()
+        return x.detach().to(torch.float32).contiguous()
     value = _check.number(name, x, low, high)
     if value > torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be representable in float32, got {value}")

@@ -104,7 +104,10 @@ class Support(NamedTuple):
     @staticmethod
     def from_lists(rows, device=None) -> Support:
         """From one list of ids a row, in any order (the answers of vLLM, SGLang, slime)."""
-        ascending = [sorted(operator.index(i) for i in row) for row in rows]
+        try:
+            ascending = [sorted(operator.index(i) for i in row) for row in rows]
+        except TypeError as error:
+            raise TypeError(f"rows must be lists of integer ids, one a row: {error}") from None
         for b, row in enumerate(ascending):
             if len(set(row)) != len(row) or (row and not 0 <= row[0] <= row[-1] < 1 << 31):
                 raise ValueError(f"rows[{b}] must hold distinct ids in [0, 2^31), got {row}")
@@ -144,14 +147,18 @@ class Support(NamedTuple):
     @staticmethod
     def from_padded(ids: Tensor) -> Support:
         """From padded ids [..., K], −1 where there is none, in any order; one row a token."""
-        flat = _check.tensor("ids", ids).reshape(-1, ids.shape[-1])
+        flat = _rows("ids", ids)
+        if flat.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"ids must be int64 or int32, got {flat.dtype}")
+        if flat.is_cpu and bool((flat > _LAST).any()):
+            raise ValueError(f"ids must be less than 2^31, got {int(flat.max())}")
         present = flat >= 0
         return _csr(torch.where(present, flat, _LAST).sort(-1).values, present.sum(-1))
 
     @staticmethod
     def from_mask(mask: Tensor) -> Support:
         """From a bool mask [..., V]; one row a token."""
-        flat = _check.tensor("mask", mask).reshape(-1, mask.shape[-1])
+        flat = _rows("mask", mask)
         if flat.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {flat.dtype}")
         return Support(_ids(flat), _offsets(flat.sum(-1)))
@@ -159,7 +166,9 @@ class Support(NamedTuple):
     @staticmethod
     def from_bits(bits: Tensor, vocab_size: int) -> Support:
         """From int32 [..., ceil(V/32)] or uint8 [..., ceil(V/8)]: as `to_bits` makes them."""
-        words = _check.tensor("bits", bits).reshape(-1, bits.shape[-1])
+        words = _rows("bits", bits)
+        if _check.integer("vocab_size", vocab_size) < 1:
+            raise ValueError(f"vocab_size must be ≥ 1, got {vocab_size}")
         size = 8 * words.dtype.itemsize
         if words.dtype not in (torch.int32, torch.uint8) or size * words.shape[-1] < vocab_size:
             raise ValueError(
@@ -171,6 +180,13 @@ class Support(NamedTuple):
 
 
 _LAST = torch.iinfo(torch.int32).max
+
+
+def _rows(name: str, x) -> Tensor:
+    """[..., K] as [rows, K]."""
+    if _check.tensor(name, x).dim() < 1:
+        raise ValueError(f"{name} must have shape [..., K], got {list(x.shape)}")
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def _ids(mask: Tensor) -> Tensor:

@@ -272,6 +272,26 @@ BAD = {
         TypeError,
         "generate must yield (prompt, responses, rewards) tuples, got float",
     ),
+    "half a group": (
+        lambda: next(DynamicSampler(lambda n: [("p", "r")], 2, 1)),
+        TypeError,
+        "generate must yield (prompt, responses, rewards) tuples, got tuple of 2",
+    ),
+    "no groups": (
+        lambda: next(DynamicSampler(lambda n: None, 2, 1)),
+        TypeError,
+        "generate must return an iterable of groups, got NoneType",
+    ),
+    "a group with words": (
+        lambda: next(DynamicSampler(lambda n: [("p", "r", ["good", "bad"])], 2, 1)),
+        TypeError,
+        "rewards of a group must be numbers: could not convert string to float: 'good'",
+    ),
+    "a group with one reward for all": (
+        lambda: next(DynamicSampler(lambda n: [("p", "r", 1.0)], 2, 1)),
+        TypeError,
+        "rewards of a group must be numbers: 'float' object is not iterable",
+    ),
 }
 
 

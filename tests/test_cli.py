@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 import transformers
 
-from pyrlk import cli, doctor
+from pyrlk import cli, demo, doctor
 
 
 def refused(capsys, *argv: str) -> str:
@@ -77,6 +77,16 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(capsys, monkeypatch, t
         "pyrlk demo: error: runs/dapo-seed0 holds an unfinished run: --resume continues it, "
         "--overwrite starts anew"
     )
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_picture_is_named_where_there_is_one(capsys, monkeypatch, tmp_path, steps):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "run", lambda *_, **__: demo.Result(0.1, 0.2, steps))
+    assert cli.main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert f"0.200 after {steps} steps of dapo" in out
+    assert ("picture: runs/" in out) == (steps > 0)
 
 
 def test_no_command_prints_the_help(capsys):

@@ -90,6 +90,7 @@ CASES = [
             (None, T, "tensor, got NoneType"),
             (META, T, "cpu or cuda, got a tensor on meta"),
             (SPARSE, T, "dense tensor"),
+            (torch._neg_view(z()), T, "negated view; use logits.resolve_neg"),
             (ids(B, L, V), T, "float32, float16, bfloat16, float64 on cpu, got torch.int64"),
             (z().to(torch.complex64), T, "complex64"),
             (z(B, L, 0), W, "V ≥ 1"),
@@ -103,6 +104,7 @@ CASES = [
         for call in (score, loss, grad)
         for bad, error, wanted in [
             ([0], T, "tensor, got list"),
+            (torch._neg_view(ids()), T, "negated view"),
             (f(), T, "int64 or int32, got torch.float32"),
             (torch.zeros(B, L, dtype=torch.bool), T, "got torch.bool"),
             (ids(B), W, r"shape \[2, 3\], got \[2\]"),
@@ -464,6 +466,7 @@ def test_tensors_of_another_graph_are_constants():
     logits = z().requires_grad_()
     others = {"old_logprobs": f(), "advantages": f(), "mask": torch.rand(B, L)}
     others |= {"ref_logprobs": f(), "rollout_logprobs": f(), "normalizer": torch.tensor(3.0)}
+    others |= {"temperature": torch.rand(B, L) + 0.5}
     options = {"kl_coef": 0.1, "correction": TIS(), "return_stats": True}
     results = []
     for wants in (False, True):
@@ -477,3 +480,9 @@ def test_tensors_of_another_graph_are_constants():
     assert torch.equal(results[0][1], results[1][1])
     assert not loss(**others).requires_grad
     assert not grad(advantages=f().requires_grad_()).requires_grad
+    tau = others["temperature"]
+    assert not pyrlk.token_logprobs(z(), ids(), temperature=tau).requires_grad
+    drawn = pyrlk.sample(z(), seed=0, temperature=tau, min_p=0.1 * tau)
+    assert not drawn.logprob.requires_grad
+    assert not drawn.full_logprob.requires_grad
+    assert not pyrlk.normalizer(others["mask"], pyrlk.GRPO()).requires_grad

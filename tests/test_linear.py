@@ -486,6 +486,10 @@ def test_backward_scales_and_happens_once():
         torch.autograd.grad(once, leaves)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss(), leaves, create_graph=True)
+    once = loss(pyrlk.CISPO())
+    torch.autograd.grad(once, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        torch.autograd.grad(once, leaves)
     (slope, *_) = torch.autograd.grad(loss(pyrlk.CISPO()), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         slope.sum().backward()

@@ -311,3 +311,7 @@ def test_every_policy_loss_shows_and_takes_the_same_common_options():
         theirs = options(function)
         assert theirs.keys() - common.keys() == own
         assert {name: theirs[name] for name in common} == common
+
+
+def test_replay_shows_the_parameters_of_sample():
+    assert inspect.signature(pyrlk.replay) == inspect.signature(pyrlk.sample)

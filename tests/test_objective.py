@@ -96,6 +96,24 @@ def test_torch_and_cpp_equal_the_formula(objective, logp, shift, adv, ref, kl, k
         assert z.grad[0, 0, 0].item() == pytest.approx(slope * rest, rel=1e-7, abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [*FUSED, pyrlk.CISPO(), pyrlk.DPPO(), pyrlk.DPPO("kl"), pyrlk.SAPO(), pyrlk.KLCov(kl_coef=0.0)],
+    ids=repr,
+)
+def test_without_advantage_a_token_of_probability_0_costs_nothing(objective):
+    """A = 0 times log 0 is 0, not NaN; CISPO's weight is 0 there too, whatever A is."""
+    z = torch.randn(1, 3, 9)
+    z[0, :2, 4] = -math.inf
+    z, tokens = z.requires_grad_(), torch.tensor([[4, 4, 1]])
+    adv = torch.tensor([[0.0, float(isinstance(objective, pyrlk.CISPO)), 0.5]])
+    loss = pyrlk.policy_loss(z, tokens, torch.full((1, 3), -2.0), adv, objective=objective)
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad.isfinite().all()
+    assert z.grad[0, :2].eq(0).all()
+
+
 def test_an_overflowing_ratio_that_is_clipped_has_gradient_zero_in_float32():
     z = torch.randn(2, 3, 9, requires_grad=True)
     tokens, old, adv = (
@@ -225,8 +243,9 @@ def test_from_logprobs_passes_gradcheck(objective):
     )
 
 
+@pytest.mark.parametrize("correction", [TIS(), TIS(mode="mask", max_ratio=1.0)])
 @pytest.mark.parametrize("fused", [True, False])
-def test_statistics_are_their_definitions_on_both_paths(fused):
+def test_statistics_are_their_definitions_on_both_paths(fused, correction):
     torch.manual_seed(7)
     z, tokens = torch.randn(4, 5, 40), torch.randint(40, (4, 5))
     adv, mask = torch.randn(4, 5), torch.rand(4, 5) * (torch.rand(4, 5) > 0.3)
@@ -235,7 +254,7 @@ def test_statistics_are_their_definitions_on_both_paths(fused):
     options = {
         "ref_logprobs": ref,
         "kl_coef": 0.1,
-        "correction": TIS(),
+        "correction": correction,
         "rollout_logprobs": rollout,
     }
     objective = DAPO() if fused else lambda lp, old, adv, mask: -lp * adv
@@ -244,7 +263,10 @@ def test_statistics_are_their_definitions_on_both_paths(fused):
     )
     share = mask.double() / mask.double().sum()
     ratio, d = (lp - old).exp(), lp - ref
-    factor = (old - rollout).exp().clamp(max=2.0)
+    factor = (old - rollout).exp()
+    if correction.mode == "mask":  # a token whose term it removes may still be a clipped one
+        factor = factor * (factor <= 1)
+    factor = factor.clamp(max=2.0)
     want = {
         "entropy": (entropy * share).sum(),
         "approx_kl": ((ratio - 1 - (lp - old)) * share).sum(),

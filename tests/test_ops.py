@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +55,7 @@ def op_arguments():
         "token_logprobs_backward_": (z.clone(), *row, first, stats, adv, old),
         "policy_loss": (z, *loss, True),
         "policy_loss_": (z.clone(), *loss),
+        "once": (torch.tensor(1.0, requires_grad=True),),
         "attach_grad": (z.clone().requires_grad_(), torch.randn(B, L, V), torch.tensor(1.0)),
         "scale_": (z.clone(), torch.tensor(2.0)),
         "reinforce_grad": (z, tokens, adv, 1.0, None, torch.empty_like(z)),
@@ -223,6 +225,22 @@ def compiled_equals_eager(step, backend, lengths):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_random_choice_by_its_seed_compiles_too():
+    """ClipCov's: a compiled graph takes no new torch.Generator, nor does a captured one."""
+    torch._dynamo.reset()
+    z, tokens, old, adv = batch()
+
+    def step(z, seed):
+        objective = pyrlk.ClipCov(share=0.3, cov_low=-9.0, cov_high=9.0, seed=seed)
+        return pyrlk.policy_loss(z, tokens, old, adv, objective=objective)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    losses = [step(z, seed) for seed in range(4)]
+    for seed, loss in enumerate(losses):
+        torch.testing.assert_close(compiled(z, seed), loss)
+    assert len({loss.item() for loss in losses}) == 4
+
+
 @pytest.mark.slow
 def test_a_compiled_reinforce_gradient_equals_eager_without_recompiling():
     torch._dynamo.reset()
@@ -260,6 +278,46 @@ def test_a_compiled_sampler_equals_eager_without_recompiling():
     assert torch.equal(got.support.offsets, want.support.offsets)
 
 
+def every_result(z, tokens, old, adv, h):
+    """Losses, gradients, log-probs and draws by each way to a kernel."""
+    out = []
+    for objective in (pyrlk.DAPO(), pyrlk.GSPO(), pyrlk.ClipCov(share=0.5)):
+        for f in (
+            lambda o: pyrlk.policy_loss(z * 1, tokens, old, adv, objective=o, inplace=True),
+            lambda o: pyrlk.policy_loss(z, tokens, old, adv, objective=o, entropy_coef=0.1),
+            lambda o: pyrlk.linear_policy_loss(h, WEIGHT, tokens, old, adv, objective=o),
+        ):
+            loss = f(objective)
+            out += [loss, *torch.autograd.grad(loss, (z, h), allow_unused=True)]
+    logprobs = pyrlk.linear_token_logprobs(h, WEIGHT, tokens)
+    drawn = pyrlk.sample(z, seed=0, top_p=0.9, return_support=True)
+    out += [logprobs, *torch.autograd.grad(logprobs.sum(), h), *drawn[:5], *drawn.support[:2]]
+    out += [*pyrlk.mtp_loss(h, WEIGHT, tokens, return_stats=True)[1]]
+    out += [*pyrlk.verify_draft(z, tokens[:, 1:], seed=0, return_support=True).support[:2]]
+    return [x for x in out if x is not None]
+
+
+@pytest.mark.parametrize("setting", ["device", "dtype"])
+def test_the_users_defaults_for_new_tensors_change_nothing(setting):
+    """set_default_device("cuda") is common, and logits may still be on the CPU."""
+    z, tokens, old, adv = batch()
+    leaves = z.requires_grad_(), torch.randn(B, L, 16).requires_grad_()
+    arguments = leaves[0], tokens, old, adv, leaves[1]
+    want = every_result(*arguments)
+    try:
+        if setting == "device":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64)
+        got = every_result(*arguments)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(want, got, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        assert torch.equal(a, b)
+
+
 # One launch, and what takes two: a sequence ratio, a callable.
 TWO = [pyrlk.GSPO(), lambda logprobs, old, adv, mask: -(logprobs - old).exp() * adv]
 THREE = [pyrlk.DAPO(), *TWO]
@@ -270,11 +328,10 @@ THREE = [pyrlk.DAPO(), *TWO]
 def test_a_second_backward_and_a_double_backward_raise(inplace, objective):
     z, tokens, old, adv = batch()
     leaf, options = z.requires_grad_(), {"inplace": inplace, "objective": objective}
-    if inplace or objective is THREE[0]:
-        loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
-        loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="second backward"):
-            loss.backward()
+    loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
     loss = pyrlk.policy_loss(leaf * 1, tokens, old, adv, **options)
     if not inplace and objective in TWO:
         (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -283,6 +340,24 @@ def test_a_second_backward_and_a_double_backward_raise(inplace, objective):
         return
     with pytest.raises(RuntimeError, match="create_graph is not supported"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z: pyrlk.token_logprobs(z, torch.zeros(B, L).long()),
+        lambda z: pyrlk.reinforce_loss(z, torch.zeros(B, L).long(), torch.ones(B, L)),
+        lambda z: pyrlk.linear_token_logprobs(z, torch.ones(9, V), torch.zeros(B, L).long()),
+    ],
+)
+def test_a_forward_mode_derivative_raises_and_is_never_zero(f):
+    z = torch.randn(B, L, V)
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(f, (z,), (torch.ones_like(z),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has a tangent"):
+        f(forward_ad.make_dual(z, torch.ones_like(z)))
+    with forward_ad.dual_level():
+        assert f(z).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

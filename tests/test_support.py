@@ -50,9 +50,8 @@ def test_padded_ids(rows, slack):
     padded = support.to_padded(width)
     assert padded.shape == (len(rows), width)
     assert [[i for i in row if i >= 0] for row in padded.tolist()] == support.rows()
-    if width:
-        assert same(Support.from_padded(padded), support)
-        assert same(Support.from_padded(padded.flip(-1)), support)
+    assert same(Support.from_padded(padded), support)
+    assert same(Support.from_padded(padded.flip(-1)), support)
     assert support.to_padded(width, fill=77).eq(77).sum() >= width * len(rows) - len(support.ids)
 
 
@@ -98,7 +97,15 @@ SUPPORT = Support.from_lists([[3, 1], [], [5]])
 ERRORS = [
     (lambda: Support.from_lists([[1, 1]]), ValueError, r"rows\[0\] must hold distinct ids"),
     (lambda: Support.from_lists([[0], [-1]]), ValueError, r"rows\[1\]"),
-    (lambda: Support.from_lists([[0.5]]), TypeError, "float"),
+    (lambda: Support.from_lists([[0.5]]), TypeError, "rows must be lists .*float"),
+    (lambda: Support.from_lists([3]), TypeError, "rows must be lists"),
+    (lambda: Support.from_lists(None), TypeError, "rows must be lists"),
+    (lambda: Support.from_padded(torch.tensor([[1.0, -1.0]])), TypeError, "ids must be int64 or"),
+    (lambda: Support.from_padded(torch.tensor([[1, 1 << 31]])), ValueError, r"ids .* than 2\^31"),
+    (lambda: Support.from_padded(torch.tensor(1)), ValueError, r"ids must have shape \[..., K\]"),
+    (lambda: Support.from_mask(torch.tensor(True)), ValueError, r"mask must have shape"),
+    (lambda: Support.from_bits(torch.ones(2, 1).int(), 0), ValueError, "vocab_size must be ≥ 1"),
+    (lambda: Support.from_bits(torch.ones(2, 1).int(), 3.0), TypeError, "vocab_size must be an i"),
     (lambda: Support.from_flat([1]), TypeError, "either offsets or lengths"),
     (lambda: Support.from_flat([1], offsets=[0, 1], lengths=[1]), TypeError, "either"),
     (lambda: Support.from_flat([1.5], lengths=[1]), TypeError, "ids must be one-dimensional int"),

@@ -118,7 +118,7 @@ def _maxima(logits: Tensor, p: Parameters, allowed: Tensor | None, shard: Shard)
         lost = lost | apart
     status = NAN * parts[..., 1].amax(0).to(torch.uint8) + INF * infinite + EMPTY * lost
     status = torch.where(valid, status, INVALID).to(torch.uint8)
-    top = torch.where(clean == math.inf, 0.0, -math.inf)
+    top = torch.zeros_like(clean).masked_fill_(clean != math.inf, -math.inf)
     z = torch.where(infinite[:, None], top, clean)
     m = torch.where(infinite | lost | ~valid, 0, m)
     return torch.where((lost | ~valid)[:, None], -math.inf, z), m, status, layout
@@ -216,7 +216,7 @@ def _candidates(z, f: Filters, m, tau, p: Parameters, layout) -> tuple[Tensor, T
     bound = torch.where(f.by_min & ~f.of_top_k, bound.maximum(f.least), bound)
     row, column = (z >= bound[:, None]).nonzero().unbind(1)
     counts = row.bincount(minlength=len(z))
-    slot = torch.arange(len(row)) - _before(counts)[row]
+    slot = torch.arange(len(row), device=row.device) - _before(counts)[row]
     size = (len(z), int(counts.max()))
     few, few_ids = z.new_full(size, -math.inf), ids.new_zeros(size)
     few[row, slot], few_ids[row, slot] = z[row, column], column + layout.first

@@ -56,15 +56,15 @@ def _by_candidates(
     drawn, many = found.drawn, found.state[late] == _OVERFLOWN
     known = found.max.data_ptr(), drawn.status.data_ptr(), layout.total
     mine = torch.zeros(
-        (2, len(late)), dtype=torch.int64
+        (2, len(late)), dtype=torch.int64, device="cpu"
     )  # masses, and how many candidates are left
     rows.masses(layout.first, late, known, mine[0])
     if many.any():
-        header = torch.empty(int(many.sum()), _C.shard_header)
+        header = like.new_empty(int(many.sum()), _C.shard_header)
         rows.candidates(layout.first, late[many], known, header)
         mine[1, many] = header[:, _COUNT].long()
     every = _vocab.gathered(mine, group)
-    mass = torch.zeros(len(rows.all), dtype=torch.int64)
+    mass = torch.zeros(len(rows.all), dtype=torch.int64, device="cpu")
     mass[late] = every[:, 0].sum(0)
     found.select(mass)
 
@@ -78,7 +78,7 @@ def _by_candidates(
     support = found.support()
     for some in _split(late[many], every[:, 1, many]):
         capacity = int(every[:, 1, torch.searchsorted(late, some)].max())
-        part = torch.empty(len(some), _C.shard_header + 2 * capacity)
+        part = like.new_empty(len(some), _C.shard_header + 2 * capacity)
         rows.candidates(layout.first, some, known, part)
         wide = _Selection(rows, some, _vocab.gathered(part, group), layout.total)
         wide.state.fill_(_NEEDS_MASS)
@@ -97,7 +97,7 @@ class _Rows:
     def __init__(self, logits: Tensor, p: Parameters, how: How, allowed: Tensor | None):
         self.logits, self.p, self.how, self.allowed = logits, p, how, allowed
         self.width, self.threads = logits.shape[-1], _op.threads()
-        self.all = torch.arange(len(p.seed))
+        self.all = torch.arange(len(p.seed), device="cpu")
 
     def at(self, first: int, p: Parameters):
         """Of columns from `first` on."""
@@ -123,7 +123,7 @@ class _Rows:
 
     def placed(self, first: int, rows: Tensor, m: Tensor, masses: Tensor, group):
         """(token, logit) of rows that nothing cuts, from the shards' masses [ranks, rows]."""
-        at = torch.empty((len(rows), 2), dtype=torch.int64)
+        at = torch.empty((len(rows), 2), dtype=torch.int64, device="cpu")
         _C.shard_draw(
             self.at(first, self.p), rows.data_ptr(), len(rows), m.data_ptr(), masses.data_ptr(),
             len(masses), dist.get_rank(group), at.data_ptr(), self.threads,
@@ -141,7 +141,7 @@ class _Selection:
         count = self.parts.shape[1]
 
         def empty(dtype: torch.dtype) -> Tensor:
-            return torch.empty(count, dtype=dtype)
+            return torch.empty(count, dtype=dtype, device="cpu")
 
         token, kept, status = empty(torch.int64), empty(torch.int32), empty(torch.uint8)
         logprob, full = empty(torch.float32), empty(torch.float32)
@@ -167,7 +167,7 @@ class _Selection:
         if kept is None:
             return None
         ids = _warm.empty_ids(kept.total())
-        offsets = torch.empty(len(self.state) + 1, dtype=torch.int64)
+        offsets = torch.empty(len(self.state) + 1, dtype=torch.int64, device="cpu")
         status = self.drawn.status.data_ptr()
         where = ids.data_ptr(), ids.numel(), offsets.data_ptr()
         kept.write(*where, 0, 0, status, self.rows.threads)
@@ -198,7 +198,7 @@ def _filled(support: Support, rows: Tensor, rest: Support) -> Support:
     counts[rows] = rest.offsets.diff()
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     ids = support.ids.new_empty(int(offsets[-1]))
-    late = torch.zeros(len(counts), dtype=torch.bool).index_fill_(0, rows, True)
+    late = torch.zeros(len(counts), dtype=torch.bool, device="cpu").index_fill_(0, rows, True)
     late = late.repeat_interleave(counts)
     ids[~late], ids[late] = support.ids, rest.ids
     return Support(ids, offsets)

@@ -168,7 +168,7 @@ def score(
     entropy = torch.where(ignored, 0, s.log() - e / s * math.log(2))
     whole = torch.stack([m, s, e, z if wrong is None else torch.where(wrong, math.nan, z)], -1)
     logprob, entropy, whole = (x.to(parts.dtype) for x in (logprob, entropy, whole))
-    return logprob, entropy, whole, torch.tensor(layout.first)
+    return logprob, entropy, whole, torch.tensor(layout.first, device="cpu")
 
 
 def summed(x: Tensor, shard: Shard) -> Tensor:

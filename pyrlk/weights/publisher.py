@@ -94,13 +94,11 @@ class Publisher:
         _check_int("buffers", buffers, 1, wire.MAX_SLOTS)
         if verify not in ("copy", "off", "engine"):
             raise ValueError(f'verify must be "copy", "off" or "engine", got {verify!r}')
-        if not isinstance(timeout, int | float) or not timeout > 0:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         self._bucket_bytes = bucket_bytes
         self._buffers = buffers
         self._verify = wire.Verify[verify.upper()]
         self._references = References()
-        self._timeout = float(timeout)
+        self._timeout = wire.check_timeout(timeout)
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False

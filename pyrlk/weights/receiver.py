@@ -90,15 +90,17 @@ class Receiver:
                 raise ValueError("expected goes with a load_weights callable; a module has names")
             self._engine = ModuleEngine(model_or_load_weights)
         elif callable(model_or_load_weights):
+            if not (expected is None or isinstance(expected, Mapping)):
+                raise TypeError(
+                    f"expected must map names to tensors, got {type(expected).__name__}"
+                )
             self._engine = CallableEngine(model_or_load_weights, expected)
         else:
             raise TypeError(
                 "model_or_load_weights must be an nn.Module or a callable, got "
                 f"{type(model_or_load_weights).__name__}"
             )
-        if not isinstance(timeout, int | float) or not timeout > 0:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        self._start(float(timeout))
+        self._start(wire.check_timeout(timeout))
         self._path = wire.check_path(socket_path)
         self._listener: socket.socket | None = wire.listen(self._path)
 
@@ -122,7 +124,7 @@ class Receiver:
         """
         if self._closed:
             raise ValueError("this Receiver is closed")
-        end = time.monotonic() + timeout
+        end = time.monotonic() + min(timeout, wire.MAX_TIMEOUT)
         deadline = end
         while True:
             try:

@@ -41,7 +41,7 @@ class SharedBuffer:
     def flat(self) -> Tensor:
         if self._storage is None:
             raise ValueError("this SharedBuffer is closed")
-        return torch.empty(0, dtype=torch.uint8).set_(self._storage)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(self._storage)
 
     def close(self) -> None:
         """Drop the memory; the file goes with its last user."""

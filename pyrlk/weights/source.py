@@ -66,6 +66,7 @@ class Table:
             and _equal(map(_DEVICE, tensors), noted._devices)
             and _equal(map(Tensor.size, tensors), noted._shapes)
             and _equal(map(Tensor.stride, tensors), noted._strides)
+            and not any(map(Tensor.is_neg, tensors))
         ):
             return False
         self.addresses = list(map(Tensor.data_ptr, tensors))
@@ -148,6 +149,11 @@ class Source(Table):
                 raise Unsupported(
                     f"{name!r} has dtype {tensor.dtype}, which has no code on the wire"
                 )
+            if tensor.is_neg():
+                raise Unsupported(
+                    f"{name!r} is a negated view, whose memory has the other sign: pass "
+                    "tensor.resolve_neg()"
+                )
             if tensor.numel() and tensor.data_ptr() == 0:
                 raise Unsupported(
                     f"{name!r} is a {type(tensor).__name__} without memory of its own: pass the "
@@ -156,7 +162,7 @@ class Source(Table):
 
 
 def _pairs(named_tensors: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(named_tensors, Tensor | str | bytes):
+    if isinstance(named_tensors, Tensor | str | bytes) or not isinstance(named_tensors, Iterable):
         raise TypeError(
             "named_tensors must be a mapping, an iterable of (name, tensor) or a module, got "
             f"{type(named_tensors).__name__}"

@@ -576,9 +576,30 @@ def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     return list(fds)
 
 
+MAX_TIMEOUT = 1e6  # seconds; poll takes its milliseconds in 32 bits
+
+
+def check_timeout(timeout: float) -> float:
+    """Seconds that a wait may take."""
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout must be a number of seconds, got {type(timeout).__name__}")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(
+            f"timeout must be a number of seconds above 0, at most {MAX_TIMEOUT:g}, got {timeout}"
+        )
+    return float(timeout)
+
+
 def check_path(socket_path: str | os.PathLike[str]) -> str:
     """An absolute socket path that the kernel can take."""
-    path = os.path.abspath(os.fspath(socket_path))
+    try:
+        given = os.fsdecode(socket_path)
+    except TypeError:
+        kind = type(socket_path).__name__
+        raise TypeError(f"socket_path must be a str or a path, got {kind}") from None
+    if not given or "\0" in given:
+        raise ValueError(f"socket_path must name a file, got {given!r}")
+    path = os.path.abspath(given)
     if len(os.fsencode(path)) > 107:
         raise ValueError(f"socket_path: a Unix socket path has at most 107 bytes, got {path!r}")
     return path

@@ -527,6 +527,26 @@ def draws_are_those_of_the_whole_rows(way):
 
 
 @check
+def draws_do_not_depend_on_the_users_defaults_for_new_tensors():
+    case = Case(dist.group.WORLD)
+    z = hard_rows(case)
+    for way in ("candidates", "few candidates", "digits"):
+        for given in ({}, {"top_p": 0.9}, {"top_k": 5}):
+            options = {"seed": 3, **given, "return_support": True}
+            wanted, mine = pyrlk.sample(z, **options), case.mine(z)
+            with ways_to_draw(way), torch.device("meta"):
+                torch.set_default_dtype(torch.float64)
+                try:
+                    got = pyrlk.sample(mine, group=case.group, **options)
+                    score = pyrlk.token_logprobs(mine, case.tokens, group=case.group)
+                finally:
+                    torch.set_default_dtype(torch.float32)
+            assert torch.equal(got.token, wanted.token), (way, given)
+            assert got.support.rows() == wanted.support.rows(), (way, given)
+            assert score.device.type == "cpu"
+
+
+@check
 def draws_of_many_positions_agree():
     """4,000 draws a filter: an edge of the running mass that moved by one unit would show."""
     case = Case(dist.group.WORLD)

@@ -262,10 +262,11 @@ def test_load_weights_gets_every_tensor_and_its_error_comes_back(socket_path, se
         serving(weights.Receiver(load, socket_path)) as receiver,
         weights.Publisher(weights.Local(socket_path), bucket_bytes=256) as publisher,
     ):
-        report = publisher.update(GOOD, version=1)
-        assert equal(got, GOOD)
+        sent = GOOD | {"empty": torch.zeros(0, 4, dtype=torch.bfloat16)}
+        report = publisher.update(sent, version=1)
+        assert equal(got, sent)
         assert report.planned == 0
-        assert report.fallback.keys() == GOOD.keys()
+        assert report.fallback.keys() == sent.keys()
         assert report.names_from == "unchecked"
         bad = {"weight": torch.full((3, 5), torch.nan)}
         with pytest.raises(weights.ApplyFailed, match="ValueError: weight is NaN") as caught:
@@ -375,6 +376,7 @@ def test_the_ring_grows_with_the_update_and_never_with_time(socket_path, serving
         ({"a": torch.zeros(1, device="meta")}, weights.Unsupported, "'a' is a meta tensor"),
         ({"a": torch.eye(3).to_sparse()}, weights.Unsupported, "'a' is a torch.sparse_coo tensor"),
         ({"a": torch.zeros(1, dtype=torch.complex64)}, weights.Unsupported, "complex64"),
+        ({"a": torch._neg_view(torch.ones(1))}, weights.Unsupported, "'a' is a negated view"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_connecting(socket_path, tensors, error, message):
@@ -390,7 +392,9 @@ def test_what_cannot_be_sent_is_refused_before_connecting(socket_path, tensors, 
         ({"bucket_bytes": 1.5}, TypeError, "bucket_bytes must be an int, got float"),
         ({"buffers": 0}, ValueError, r"buffers must be in \[1, 64\], got 0"),
         ({"verify": "all"}, ValueError, """must be "copy", "off" or "engine", got 'all'"""),
-        ({"timeout": 0}, ValueError, "timeout must be a number of seconds above 0, got 0"),
+        ({"timeout": 0}, ValueError, "timeout must be a number of seconds above 0, .* got 0"),
+        ({"timeout": float("inf")}, ValueError, r"timeout must .* at most 1e\+06, got inf"),
+        ({"timeout": True}, TypeError, "timeout must be a number of seconds, got bool"),
     ],
 )
 def test_bad_options_are_named(socket_path, options, error, message):
@@ -408,6 +412,18 @@ def test_bad_arguments_are_named(socket_path):
         weights.Receiver(3, socket_path)
     with pytest.raises(ValueError, match="expected goes with a load_weights callable"):
         weights.Receiver(nn.Linear(1, 1), socket_path, expected={})
+    with pytest.raises(TypeError, match="expected must map names to tensors, got list"):
+        weights.Receiver(print, socket_path, expected=[1])
+    with pytest.raises(ValueError, match=r"timeout must .* got inf"):
+        weights.Receiver(print, socket_path, timeout=float("inf"))
+    for path in (3, None):
+        with pytest.raises(TypeError, match="socket_path must be a str or a path, got"):
+            weights.Local(path)
+        with pytest.raises(TypeError, match="socket_path must be a str or a path, got"):
+            weights.Receiver(print, path)
+    for path in ("", "a\0b"):
+        with pytest.raises(ValueError, match="socket_path must name a file, got"):
+            weights.Local(path)
     publisher = weights.Publisher(weights.Local(socket_path))
     with pytest.raises(TypeError, match="version must be an int, got bool"):
         publisher.update({}, version=True)
@@ -415,6 +431,8 @@ def test_bad_arguments_are_named(socket_path):
         publisher.update({}, version=-1)
     with pytest.raises(TypeError, match="partial must be a bool"):
         publisher.update({}, version=1, partial=1)
+    with pytest.raises(TypeError, match=r"named_tensors must be a mapping, .* got NoneType"):
+        publisher.update(None, version=1)
     publisher.close()
     publisher.close()
     with pytest.raises(ValueError, match="closed"):
