@@ -8,9 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 ifdef USE
 PY := $(USE)
+PYTEST := $(PY) -m pytest
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(BIN)/python
+PYTEST := $(BIN)/pytest
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 endif
@@ -45,15 +47,15 @@ demo-distributed: build
 	  -m pyrlk.cli demo --name distributed $(ARGS)
 
 test: build
-	$(PY) -m pytest tests -m "not gpu and not peers and not slow and not endurance" $(ARGS)
+	$(PYTEST) tests -m "not gpu and not peers and not slow and not endurance" $(ARGS)
 
 # Compiled ops over many lengths, the other targets of every kernel, longer grids.
 test-slow: build
-	$(PY) -m pytest tests -m "slow and not gpu and not peers and not endurance" --timeout 1800 $(ARGS)
+	$(PYTEST) tests -m "slow and not gpu and not peers and not endurance" --timeout 1800 $(ARGS)
 
 # Faults a hundred times each, ten thousand updates, a million frames.
 test-endurance: build
-	$(PY) -m pytest tests -m endurance --timeout 7200 $(ARGS)
+	$(PYTEST) tests -m endurance --timeout 7200 $(ARGS)
 
 # The C++ tests under each sanitizer; OpenMP on std::thread for TSan (csrc/tests/gomp_threads.cpp).
 SANITIZERS ?= address,undefined thread
@@ -72,7 +74,7 @@ visit-gpu: $(READY)
 	$(PY) tests/gpu/visit.py --logs $(LOGS) $(ARGS)
 
 test-gpu: build
-	$(PY) -m pytest tests/gpu $(ARGS)
+	$(PYTEST) tests/gpu $(ARGS)
 
 # compute-sanitizer (memcheck, racecheck, initcheck, synccheck) over every kernel, on short rows.
 sanitize-gpu: build
@@ -80,7 +82,7 @@ sanitize-gpu: build
 
 # The gpu tests and benches on a device that is not there: small, in Triton's interpreter.
 dry-gpu: build
-	$(PY) -m pytest tests/test_gpu_dry.py $(ARGS)
+	$(PYTEST) tests/test_gpu_dry.py $(ARGS)
 
 # The frameworks have many dependencies: they stay out of .venv. verl's losses need none of its own.
 PEERS := .venv-peers
@@ -106,7 +108,7 @@ sglang-env: build
 	tests/sglang/install.sh $(SGLANG) $(SGLANG)/pyrlk-site
 
 test-sglang: sglang-env
-	$(PY) -m pytest tests/sglang $(ARGS)
+	$(PYTEST) tests/sglang $(ARGS)
 
 bench-sglang: sglang-env
 	$(PY) tests/sglang/with_server.py moe-large moe -- \

@@ -117,15 +117,16 @@ class Trainer:
     """The weights and every way they go; `tensors` are what torch sends."""
 
     def __init__(self, shapes: Shapes, device: str, folder: str, pipe: Any):
-        self.model, self.device, self.pipe = Model(shapes, device), device, pipe
+        self.model, self.pipe = Model(shapes, device), pipe
         for weight in self.model.weights:
             weight.data.view(torch.int16).random_(0, 0x3FFF)
-        self.tensors = [weight.data for weight in self.model.weights]
-        if device == "cpu":
-            # torch.multiprocessing moves what it sends into memory of its own.
-            self.tensors = [t.clone() for t in self.tensors]
-            weights.share(self.model)
-        self.nbytes = sum(t.nbytes for t in self.tensors)
+        self.nbytes = sum(weight.nbytes for weight in self.model.weights)
+        # On a CPU torch.multiprocessing moves what it sends into memory of its own; on a GPU it is
+        # sent tensors of their own allocations, as a trainer has them, where there is room.
+        self.copies = device == "cpu" or torch.cuda.mem_get_info()[0] > 2 * self.nbytes
+        self.tensors = [w.data.clone() for w in self.model.weights] if self.copies else []
+        weights.share(self.model)
+        self.tensors = self.tensors or [weight.data for weight in self.model.weights]
         kinds = {"direct": weights.Local, "staged": Staged}
         self.publishers = {
             side: weights.Publisher(kind(os.path.join(folder, side)), bucket_bytes=BUCKET_BYTES)
@@ -138,7 +139,7 @@ class Trainer:
 
     def change(self) -> None:
         self.model.change()
-        if self.device == "cpu":
+        if self.copies:
             for mine, sent in zip(self.model.weights, self.tensors, strict=True):
                 sent.copy_(mine.data)
 

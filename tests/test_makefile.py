@@ -38,7 +38,7 @@ def test_every_command_of_a_target_is_the_given_interpreters(target):
 def test_without_it_the_interpreter_is_that_of_the_environment_that_make_sets_up():
     lines = make("-n", "-o", ".venv/.ready", "test-gpu").splitlines()
     assert lines
-    assert all(line.startswith(".venv/bin/python ") for line in lines), lines
+    assert all(line.startswith(".venv/bin/") for line in lines), lines
 
 
 @pytest.fixture(scope="module")

@@ -135,18 +135,23 @@ def form(tensor: torch.Tensor) -> Form | None:
     return Form(tensor.nbytes, run, outer[1])
 
 
+def _table(numbers: Sequence) -> torch.Tensor:
+    """Of the host, whatever the user's default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 class Pieces:
     """Tensors of known forms; from launch to launch only addresses change."""
 
     def __init__(self, forms: Sequence[Form], device: torch.device):
         self._device = device
-        self._on_device = torch.zeros(0)
-        counts = torch.tensor([-(-f.nbytes // CHUNK) for f in forms], dtype=torch.int64)
+        self._on_device = torch.zeros(0, device="cpu")
+        counts = _table([-(-f.nbytes // CHUNK) for f in forms])
         first = counts.cumsum(0) - counts
-        self._table = torch.zeros(len(forms), _COLUMNS.value, dtype=torch.int64)
-        self._table[:, 2:5] = torch.tensor(forms, dtype=torch.int64).reshape(-1, 3)
+        self._table = _table([0] * _COLUMNS.value).repeat(len(forms), 1)
+        self._table[:, 2:5] = _table(forms).reshape(-1, 3)
         self._table[:, 5] = first
-        numbers = torch.arange(len(forms), dtype=torch.int32)
+        numbers = torch.arange(len(forms), dtype=torch.int32, device="cpu")
         self._owner = numbers.repeat_interleave(counts).to(device)
 
     def run(
@@ -156,8 +161,8 @@ class Pieces:
 
         Returns the sums, int64 [pieces] on the device, or None without `sums`.
         """
-        self._table[:, 0] = torch.tensor(list(sources), dtype=torch.int64)
-        self._table[:, 1] = torch.tensor(list(places), dtype=torch.int64)
+        self._table[:, 0] = _table(list(sources))
+        self._table[:, 1] = _table(list(places))
         self._on_device = self._table.to(self._device)
         return self.launch(copy=copy, sums=sums)
 

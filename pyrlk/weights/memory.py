@@ -17,6 +17,7 @@ import ctypes
 import enum
 import functools
 import hashlib
+import itertools
 import os
 import secrets
 import weakref
@@ -220,51 +221,94 @@ class Host(Segment):
 
 # Segments that hold tensors of this process, by address: what the hand-over need not stage.
 _SHARED: dict[int, Segment] = {}
+_FLAT_BYTES = 4 << 30  # of an allocation of `share` on a GPU
 
 
 @torch.no_grad()
 def share(module: nn.Module) -> nn.Module:
     """Move a module's tensors into memory that an engine can map: no staging, one copy.
 
-    Each parameter and buffer stays the same Python object; its data moves. CPU tensors only. The
-    memory is freed with the last tensor on it; processes forked from this one share it.
+    Each parameter and buffer stays the same Python object; its data moves. Tensors of the CPU get
+    one segment of shared memory, which processes forked from this one share. Tensors of a GPU could
+    be read where they are, but every allocation costs its handle and its messages: they move into
+    few allocations of torch's, of at most 4 GiB, one of which is needed on top while they move.
+    The memory is freed with the last tensor on it.
 
     Raises
     ------
     StagingError
         Too little memory.
     """
-    tensors: dict[int, Tensor] = {}
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.numel():
-            tensors.setdefault(id(tensor), tensor)
-    if not tensors:
-        return module
-    places, end = [], 0
-    for tensor in tensors.values():
-        places.append(end)
-        end = (end + tensor.nbytes + _ALIGN - 1) // _ALIGN * _ALIGN
+        if tensor.device.type in ("cpu", "cuda") and tensor.numel():
+            by_device.setdefault(tensor.device, {}).setdefault(id(tensor), tensor)
+    for device, tensors in by_device.items():
+        if device.type == "cpu":
+            _share_host(list(tensors.values()))
+        else:
+            _share_gpu(list(tensors.values()), device)
+    return module
+
+
+def _share_host(tensors: list[Tensor]) -> None:
+    places, end = _side_by_side(tensors)
     segment = Host(end, inherit=True)
-    for tensor, offset in zip(tensors.values(), places, strict=True):
-        view = segment.view(offset, tuple(tensor.shape), tensor.dtype)
-        view.copy_(tensor)
-        tensor.data = view
+    _move(tensors, segment.flat, places)
     address = segment.flat.data_ptr()
     _SHARED[address] = segment
     weakref.finalize(segment.flat.untyped_storage(), _unshare, address).atexit = False
     segment.forget_flat()
-    return module
+
+
+def _share_gpu(tensors: list[Tensor], device: torch.device) -> None:
+    for part in _portions(tensors, _FLAT_BYTES):
+        places, end = _side_by_side(part)
+        try:
+            flat = torch.empty(end, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise StagingError(f"shared memory of {device}: {error}") from None
+        _move(part, flat, places)
+    torch.cuda.empty_cache()  # where they were
+
+
+def _side_by_side(tensors: Iterable[Tensor]) -> tuple[list[int], int]:
+    """Aligned offsets of tensors in one piece of memory, and its bytes."""
+    ends = list(itertools.accumulate(map(_room, tensors), initial=0))
+    return ends[:-1], ends[-1]
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes of a tensor, up to where the next may begin."""
+    return -(-tensor.nbytes // _ALIGN) * _ALIGN
+
+
+def _portions(tensors: Iterable[Tensor], nbytes: int) -> Iterator[list[Tensor]]:
+    """Tensors in order, in lists of at most so many bytes; a larger one is alone."""
+    part: list[Tensor] = []
+    end = 0
+    for tensor in tensors:
+        if part and end + _room(tensor) > nbytes:
+            yield part
+            part, end = [], 0
+        part.append(tensor)
+        end += _room(tensor)
+    if part:
+        yield part
+
+
+def _move(tensors: Iterable[Tensor], flat: Tensor, places: Iterable[int]) -> None:
+    """Give tensors the memory of `flat`, with what they hold."""
+    for tensor, offset in zip(tensors, places, strict=True):
+        view = flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        view.copy_(tensor)
+        tensor.data = view
 
 
 def _unshare(address: int) -> None:
     segment = _SHARED.pop(address, None)
     if segment is not None and segment.fd is not None:
         os.close(segment.fd)
-
-
-def exportable() -> bool:
-    """Whether any tensor of the host could be; see `share`."""
-    return bool(_SHARED)
 
 
 class Export(NamedTuple):
@@ -278,9 +322,26 @@ class Exports:
     """Looks tensors up; an allocation of a GPU is asked for its handle once."""
 
     def __init__(self) -> None:
-        self._shared = [(at, at + s.nbytes, s.handle) for at, s in _SHARED.items()]
+        self._shared = _shared_now()
         self._starts: list[int] = []  # of allocations of a GPU, ascending
-        self._allocations: dict[int, tuple[int, Handle | None]] = {}  # start → end, handle
+        self._allocations: dict[int, _Allocation] = {}  # by their starts
+
+    @property
+    def any_of_host(self) -> bool:
+        """Whether any tensor of the host could be exported; see `share`."""
+        return bool(self._shared)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing that was looked up could be exported."""
+        return not self._shared and not self._allocations
+
+    def hold(self) -> bool:
+        """Whether what was found is still so: every allocation is there and the same."""
+        known = self._allocations.items()
+        return self._shared == _shared_now() and all(
+            one.handle == _exported(one.device, first)[1] for first, one in known
+        )
 
     def find(self, tensor: Tensor) -> Export | None:
         """None for what has to be staged: strided, misaligned, or not exportable."""
@@ -303,23 +364,43 @@ class Exports:
         at = bisect.bisect_right(self._starts, address) - 1
         if at >= 0:
             first = self._starts[at]
-            end, handle = self._allocations[first]
-            if address < end:
-                return first, end, handle
+            known = self._allocations[first]
+            if address < known.end:
+                return first, known.end, known.handle
         device = tensor.device.index or 0
-        known: Handle | None = None
-        try:
-            ipc, offset, nbytes = _C.cuda_ipc_export(device, address)
-            uuid = _C.cuda_device_uuid(device)
-            known = Handle(Kind.CUDA, nbytes, hashlib.sha256(ipc).digest()[:16], uuid, ipc)
-            first, end = address - offset, address - offset + nbytes
-        except _C.CudaError:  # of an allocator that cannot be exported: it is staged
+        first, handle = _exported(device, address)
+        if handle is not None:
+            end = first + handle.nbytes
+        else:
             storage = tensor.untyped_storage()
             first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         if first not in self._allocations:
             bisect.insort(self._starts, first)
-        self._allocations[first] = end, known
-        return first, end, known
+        self._allocations[first] = _Allocation(end, handle, device)
+        return first, end, handle
+
+
+class _Allocation(NamedTuple):
+    """Of a GPU; without a handle it is staged."""
+
+    end: int
+    handle: Handle | None
+    device: int
+
+
+def _exported(device: int, address: int) -> tuple[int, Handle | None]:
+    """(start, handle) of the allocation at an address; None of an allocator that cannot export."""
+    try:
+        ipc, offset, nbytes = _C.cuda_ipc_export(device, address)
+        uuid = _C.cuda_device_uuid(device)
+    except _C.CudaError:
+        return address, None
+    return address - offset, Handle(Kind.CUDA, nbytes, hashlib.sha256(ipc).digest()[:16], uuid, ipc)
+
+
+def _shared_now() -> list[tuple[int, int, Handle]]:
+    """(begin, end, handle) of the host's segments that hold tensors."""
+    return [(at, at + s.nbytes, s.handle) for at, s in _SHARED.items()]
 
 
 def exporting(handle: Handle, address: int, device: torch.device) -> Segment:

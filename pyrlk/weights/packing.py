@@ -81,10 +81,10 @@ class Plan(abc.ABC):
 class TensorPlan(Plan):
     """Tensors of this process; of the copies only the addresses change."""
 
-    def __init__(self, source: Source, bucket_bytes: int, exports: list[memory.Export | None]):
+    def __init__(self, source: Source, bucket_bytes: int, in_place: bool):
         source.note()
         self.source = source
-        self.exports = exports
+        self._found, self._exports = source.exports() if in_place else (memory.Exports(), [])
         segments: list[memory.Segment] = []
         specs = source.specs(self._direct(segments))
         layout = layouts.plan(specs, bucket_bytes, [s.nbytes for s in segments])
@@ -110,7 +110,7 @@ class TensorPlan(Plan):
         """Of each exportable tensor, its segment and offset."""
         numbers: dict[bytes, int] = {}
         places: list[tuple[int, int] | None] = []
-        for tensor, export in zip(self.source.tensors, self.exports, strict=False):
+        for tensor, export in zip(self.source.tensors, self._exports, strict=False):
             if export is None or len(numbers) == layouts.MAX_DIRECT:
                 places.append(None)
                 continue
@@ -121,6 +121,16 @@ class TensorPlan(Plan):
                 segments.append(memory.exporting(handle, address, tensor.device))
             places.append((numbers[handle.id], offset))
         return places
+
+    def fits(self, source: Source, in_place: bool) -> bool:
+        """Whether tensors have the forms of these, and what is read in place lies where it did."""
+        if not source.fits(self.source):
+            return False
+        same = source.addresses == self.source.addresses or self._found.empty
+        if not in_place or (same and self._found.hold()):
+            return True
+        self._found, exports = source.exports()
+        return exports == self._exports
 
     def take(self, source: Source) -> None:
         """Another update of the same form."""

@@ -372,15 +372,15 @@ class Publisher:
             if self._module is None or not self._module.of(named_tensors):
                 known = gather.is_hf(named_tensors)
                 self._module = (gather.Checkpoint if known else ModuleState)(named_tensors)
-            named_tensors = self._module.tensors()
-        source = Source(named_tensors)
-        exports = source.exports() if self._direct else []
+            source = Source.of_module(self._module.tensors())
+        else:
+            source = Source(named_tensors)
         plan = self._plan
-        if isinstance(plan, TensorPlan) and source.fits(plan.source) and exports == plan.exports:
+        if isinstance(plan, TensorPlan) and plan.fits(source, self._direct):
             plan.take(source)
         else:
             self._plan = None  # an error below must not leave the old one
-            self._plan = plan = TensorPlan(source, self._bucket_bytes, exports)
+            self._plan = plan = TensorPlan(source, self._bucket_bytes, self._direct)
         return plan
 
     def _publish(

@@ -190,13 +190,16 @@ print(receiver.version, receiver.dirty, repr(total(engine)))
 """
 TRAINER = """
 trainer = model(2)
+if SHARE: weights.share(trainer)
+found = memory.Exports()
+handles = {found.find(p).handle.id for p in trainer.parameters() if found.find(p)}
 with weights.Publisher(weights.Local(sys.argv[1]), bucket_bytes=100000) as publisher:
     for version in (1, 2, 3):
         with torch.no_grad():
             for parameter in trainer.parameters():
                 parameter.add_(version)
         report = publisher.update(trainer, version=version)
-print(report.mode, repr(total(trainer)))
+print(report.mode, len(handles), repr(total(trainer)))
 """
 
 
@@ -205,22 +208,27 @@ def with_argument(code, path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "mode"),
+    ("settings", "share", "mode"),
     [
-        pytest.param({}, "direct", id="direct"),
+        pytest.param({}, False, "direct", id="direct"),
+        pytest.param({}, True, "direct", id="shared"),
         pytest.param(
             EXPANDABLE,
+            False,
             "bucket",
             id="staged",
             marks=pytest.mark.skipif(DRY, reason="needs torch's CUDA allocator"),
         ),
     ],
 )
-def test_an_update_brings_every_bit(start, socket_path, settings, mode):
+def test_an_update_brings_every_bit(start, socket_path, settings, share, mode):
     engine = start(with_argument(MODEL + ENGINE, socket_path), **THERE)
     assert engine.stdout.readline() == "listening\n"
-    used, sent = finish(start(with_argument(MODEL + TRAINER, socket_path), **THERE | settings))
+    trainer = MODEL + f"SHARE = {share}" + TRAINER
+    used, handles, sent = finish(start(with_argument(trainer, socket_path), **THERE | settings))
     assert used == mode
+    if share:
+        assert handles == "1"
     assert finish(engine) == ["3", "False", sent]
 
 

@@ -1,7 +1,7 @@
 // A CUDA driver for tests: "device memory" is a shared file, a handle is its path. It keeps the
 // driver's rules: handles are of whole allocations, the exporter cannot open its own, a double close
 // is an error; and it writes each call to $FAKE_CUDA_LOG. $FAKE_CUDA_FAIL is "<call> <anything>": for
-// each new value that call fails once.
+// each new value that call fails once; "<call>*3 <anything>": thrice.
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,11 +41,17 @@ static void note(const char* what) {
 
 static int fails(const char* what) {
   static char done[64];
+  static int left;
   const char* wanted = getenv("FAKE_CUDA_FAIL");
   const size_t length = strlen(what);
-  if (wanted == NULL || strcmp(wanted, done) == 0) return 0;
-  if (strncmp(wanted, what, length) != 0 || wanted[length] != ' ') return 0;
-  strncpy(done, wanted, sizeof done - 1);
+  if (wanted == NULL || strncmp(wanted, what, length) != 0) return 0;
+  if (wanted[length] != ' ' && wanted[length] != '*') return 0;
+  if (strcmp(wanted, done) != 0) {
+    strncpy(done, wanted, sizeof done - 1);
+    left = wanted[length] == '*' ? atoi(wanted + length + 1) : 1;
+  }
+  if (left == 0) return 0;
+  --left;
   note("failed");
   return 1;
 }

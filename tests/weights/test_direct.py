@@ -47,6 +47,23 @@ def test_sharing_moves_data_and_keeps_the_parameters():
     assert memory.Exports().find(model[0].weight) is not None
 
 
+def test_on_a_gpu_tensors_share_few_allocations(monkeypatch):
+    # The CPU stands for the GPU: what is new there is who lies where.
+    monkeypatch.setattr(memory, "_FLAT_BYTES", 10_000)
+    tensors = [torch.randn(n)[::2].requires_grad_() for n in (2, 2000, 2400, 9000, 200, 400)]
+    tensors.append(torch.randn(8, 6).bfloat16().t())
+    before = [t.detach().clone() for t in tensors]
+    memory._share_gpu(tensors, torch.device("cpu"))
+    for was, tensor in zip(before, tensors, strict=True):
+        assert torch.equal(was, tensor)
+        assert tensor.is_contiguous()
+        assert tensor.storage_offset() * tensor.element_size() % 256 == 0
+    places = [(t.untyped_storage().data_ptr(), t.storage_offset()) for t in tensors]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert list(sizes.values()) == [256 + 4096 + 4864, 18176, 512 + 1024 + 256]  # one is too large
+    assert len(set(places)) == len(tensors)
+
+
 @pytest.mark.parametrize("verify", ["copy", "off"])
 def test_a_shared_model_is_not_packed(socket_path, serving, no_staging, verify):
     engine, trainer = make_model(1), weights.share(make_model(2))

@@ -135,3 +135,10 @@ def test_a_segment_of_a_gpu_is_packed_summed_and_unpacked_by_it(monkeypatch):
     assert all(raw(a) == raw(b) for a, b in zip(targets, tensors, strict=True))
     with pytest.raises(ValueError, match="leave a segment of 4096"):
         segment.pack(memory.Copies([(noise(16), 4090)]), checksum=False, threads=1)
+
+
+def test_tables_are_the_hosts_whatever_the_default_device_is():
+    with torch.device("meta"):
+        pieces = pack.Pieces([pack.Form(8), pack.Form(100)], torch.device("cpu"))
+    assert pieces._table.tolist() == [[0, 0, 8, 0, 0, 0], [0, 0, 100, 0, 0, 1]]
+    assert pieces._owner.tolist() == [0, 1]
