@@ -112,6 +112,7 @@ class Segment:
         self.handle = handle
         self._flat: Tensor | None = flat
         self._release = release
+        self._summed: dict[int, tuple[weakref.ref[array[int]], Any]] = {}  # by id of its ranges
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +142,17 @@ class Segment:
         """Sums of ranges, nothing copied; offset and bytes of each one after the other."""
         if self._on_host:
             return _C.checksum(self.flat.data_ptr(), self.nbytes, ranges, threads)
-        return sums_of(self.flat, ranges)
+        kernel = _kernel_on(self.flat.device)
+        if kernel is None:
+            return sums_of(self.flat, ranges)
+        # A layout's ranges are the same object in every update, and a segment stays where it is.
+        known = self._summed.get(id(ranges))
+        if known is not None and known[0]() is ranges:
+            return _unsigned(known[1].launch(copy=False))
+        pieces, sums = _summing(kernel, self.flat, ranges)
+        self._summed = {key: one for key, one in self._summed.items() if one[0]() is not None}
+        self._summed[id(ranges)] = weakref.ref(ranges), pieces
+        return sums
 
     def unpack(self, targets: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy into tensors; the sum of what each one received, or an empty list."""
@@ -197,6 +208,7 @@ class Segment:
         if self._flat is not None:
             self._release()
             self._flat = None
+            self._summed = {}
 
 
 class Host(Segment):
@@ -658,13 +670,18 @@ def _sum_of(data: Tensor) -> Tensor:
 
 def sums_of(flat: Tensor, ranges: array[int]) -> list[int]:
     """Sums of ranges of memory that the C++ side cannot reach; see `Segment.sums`."""
-    pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
     kernel = _kernel_on(flat.device)
-    if kernel is None:
-        return _numbers([_sum_of(flat[at : at + count]) for at, count in pairs])
-    pieces = kernel.Pieces([kernel.Form(count) for _, count in pairs], flat.device)
-    places = [flat.data_ptr() + at for at, _ in pairs]
-    return _unsigned(pieces.run(places, places, copy=False))
+    if kernel is not None:
+        return _summing(kernel, flat, ranges)[1]
+    pairs = zip(ranges[::2], ranges[1::2], strict=True)
+    return _numbers([_sum_of(flat[at : at + count]) for at, count in pairs])
+
+
+def _summing(kernel: Any, flat: Tensor, ranges: array[int]) -> tuple[Any, list[int]]:
+    """What sums these ranges in one launch, and their sums."""
+    pieces = kernel.Pieces([kernel.Form(count) for count in ranges[1::2]], flat.device)
+    places = [flat.data_ptr() + at for at in ranges[::2]]
+    return pieces, _unsigned(pieces.run(places, places, copy=False))
 
 
 def _numbers(sums: Sequence[Tensor]) -> list[int]:
