@@ -102,6 +102,31 @@ def test_imports_point_downwards(name):
             assert LEVEL[other] <= LEVEL[top(name)], f"{name} imports {target}"
 
 
+# Whose import is the user's whole call: a registration, a subclass of the framework's class.
+NEED_A_FRAMEWORK = {"integrations.verl_register"}
+
+
+def test_nothing_imports_an_integration():
+    """Not even the command line: a framework is the user's choice, made by his own import."""
+    assert "integrations.verl" in MODULES
+    for name in MODULES:
+        if top(name) != "integrations":
+            targets = {t.removeprefix("pyrlk.") for t, _ in imports(name) if t.startswith("pyrlk.")}
+            assert "integrations" not in {top(t) for t in targets}, name
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if top(n) == "integrations"])
+def test_an_integration_imports_its_framework_where_it_is_needed(name):
+    """A mapping needs none; the modules above say what to install where theirs is missing."""
+    code = (
+        f"import sys, pyrlk.{name}; frameworks = {{'trl', 'verl', 'slime', 'megatron'}};"
+        "sys.exit(', '.join(frameworks & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    refused = name in NEED_A_FRAMEWORK and "ImportError" in done.stderr
+    assert done.returncode == 0 or (refused and "pip install" in done.stderr), done.stderr
+
+
 def third_party(name):
     return {top(t) for t, _ in imports(name)} - set(sys.stdlib_module_names) - {"pyrlk"}
 
