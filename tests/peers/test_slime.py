@@ -356,11 +356,12 @@ def test_the_gradient_takes_the_place_of_the_logits(batch, estimator):
     whole, logits = packed(batch())
     leaf = logits.clone().requires_grad_()
     z = leaf * 1.0
-    z.register_hook(seen := [].append)
+    seen = []
+    z.register_hook(seen.append)
     args = arguments(advantage_estimator=estimator)
     loss, _ = slime.policy_loss(args, whole, z, reducer(whole))
     loss.backward()
-    assert seen.__self__[0].data_ptr() == z.data_ptr()
+    assert seen[0].data_ptr() == z.data_ptr()
     torch.testing.assert_close(z.detach(), leaf.grad, rtol=0, atol=0)
     assert not torch.equal(z, logits)
 
@@ -374,9 +375,16 @@ def test_recomputed_in_backward(batch, compare, estimator):
     def run(args, call):
         return with_gradient(logits, lambda z: call(slime.policy_loss, args, whole, z, mean)[0])
 
+    runs = []
+
     def checkpointed(loss, *given):
-        return torch.utils.checkpoint.checkpoint(loss, *given, use_reentrant=False)
+        def counted(*given):
+            runs.append(1)
+            return loss(*given)
+
+        return torch.utils.checkpoint.checkpoint(counted, *given, use_reentrant=False)
 
     plain = run(arguments(advantage_estimator=estimator), lambda loss, *given: loss(*given))
     args = arguments(advantage_estimator=estimator, recompute_loss_function=True)
     assert compare(run(args, checkpointed), plain) == 0
+    assert len(runs) == 2  # the reducer's slope, inside, asks for no run of its own
