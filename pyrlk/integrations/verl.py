@@ -12,7 +12,6 @@ verl adds its entropy bonus and its KL to a reference itself, after the policy l
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -28,13 +27,12 @@ from ..objective import (
     PPO,
     REINFORCE,
     SAPO,
-    TIS,
     Aggregation,
     ClipCov,
     KLCov,
     Objective,
 )
-from . import missing
+from . import missing, weighted
 
 PREFIX = "pyrlk_"
 MODES = (
@@ -109,13 +107,7 @@ def policy_loss(
     # sets.
     seed = int(torch.randint(1 << 62, ())) if mode == "clip_cov" else 0
     objective = objective_of(config, mode, loss_agg_mode, seed=seed)
-    correction: dict[str, Any] = {}
-    if rollout_is_weights is not None:
-        # The weight is exp(old − rollout): the one way that is right for every objective.
-        correction = {
-            "rollout_logprobs": old_log_prob - rollout_is_weights.log(),
-            "correction": TIS(max_ratio=math.inf),
-        }
+    correction = {} if rollout_is_weights is None else weighted(old_log_prob, rollout_is_weights)
     loss, stats = policy_loss_from_logprobs(
         log_prob,
         old_log_prob,
