@@ -7,6 +7,11 @@ also compares its head with ours.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -246,6 +251,19 @@ def test_a_run_is_the_same_run(tmp_path):
     moved = (weights[0] - start).norm()
     assert (weights[0] - weights[1]).norm() <= 1e-2 * moved
     assert moved > 0
+
+
+def test_under_ddp(tmp_path):
+    """Two ranks over gloo; the head's gradient, made outside of DDP's forward, is averaged too."""
+    script = Path(__file__).with_name("trl_ranks.py")
+    run = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, run)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_what_has_no_equal_is_refused_at_the_start(tmp_path):

@@ -486,6 +486,7 @@ def test_deviation_geo_mean_counts_empty_rows(batch, compare, verl):
     expected = verl_loss(verl, d, "geo_mean", "token-mean")
     assert compare(ours(d, GMPO(**EPS)), expected) > 0.1
     assert compare(ours(d, GMPO(**EPS), normalizer=len(d.mask)), expected) < 1e-7
+    assert compare(integrated(d, "geo_mean", "token-mean"), expected) < 1e-7
 
 
 @pytest.mark.peers
