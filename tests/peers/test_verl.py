@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import sys
 import types
@@ -367,7 +368,7 @@ def test_register_gives_verl_every_mode(batch, compare, verl):
         for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
             stubs[name] = types.ModuleType(name)
         with mock.patch.dict(sys.modules, stubs):
-            integration.register()
+            importlib.import_module("pyrlk.integrations.verl_register")  # as external_lib does
         added = set(verl.POLICY_LOSS_REGISTRY) - known
         assert added == {f"pyrlk_{mode}" for mode in known - {"bypass_mode"}}
         loss = verl.get_policy_loss_fn("pyrlk_vanilla")
