@@ -102,6 +102,32 @@ def test_imports_point_downwards(name):
             assert LEVEL[other] <= LEVEL[top(name)], f"{name} imports {target}"
 
 
+def test_nothing_imports_an_integration():
+    """Not even the command line: a framework is the user's choice, made by his own import."""
+    assert "integrations.verl" in MODULES
+    for name in MODULES:
+        if top(name) != "integrations":
+            targets = {t.removeprefix("pyrlk.") for t, _ in imports(name) if t.startswith("pyrlk.")}
+            assert "integrations" not in {top(t) for t in targets}, name
+
+
+# A subclass of a framework's class, and a registration by import: they are for its users alone.
+OF_A_FRAMEWORK = {"integrations.trl", "integrations.verl_register"}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if top(n) == "integrations" and n not in OF_A_FRAMEWORK]
+)
+def test_an_integration_imports_its_framework_where_it_is_needed(name):
+    """A mapping needs none, so its module imports none."""
+    code = (
+        f"import sys, pyrlk.{name}; frameworks = {{'trl', 'verl', 'slime', 'megatron'}};"
+        "sys.exit(', '.join(frameworks & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def third_party(name):
     return {top(t) for t, _ in imports(name)} - set(sys.stdlib_module_names) - {"pyrlk"}
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from harness import check, collectives, main
 
 import pyrlk
 from pyrlk import reference
+from pyrlk.integrations import slime
 from pyrlk.parallel import sampling as sharded
 
 T, V, H = 24, 1000, 32
@@ -801,6 +804,50 @@ def the_normalizer_counts_all_ranks():
     dist.all_reduce(got := got.detach())
     near(got / ranks, wanted, 1e-6)
     near_gradient(mine.grad / ranks, rows(z.grad), 4e-6, z.grad)
+
+
+@check
+def slimes_loss_is_that_of_the_whole_vocabulary():
+    """pyrlk.integrations.slime under Megatron's tensor parallelism: shards of uneven width."""
+    case = Case(dist.group.WORLD)
+    mpu = types.SimpleNamespace(get_tensor_model_parallel_group=lambda: case.group)
+    core = types.ModuleType("megatron.core")
+    core.mpu = mpu
+    sys.modules |= {"megatron": types.ModuleType("megatron"), "megatron.core": core}
+    lengths = [6, 9]  # of the responses; the samples have 10 and 14 tokens
+    parts = {
+        name: list(x[: sum(lengths)].split(lengths))
+        for name, x in [("log_probs", case.old), ("advantages", case.advantages.abs() + 0.1)]
+    }
+    batch = parts | {
+        "unconcat_tokens": list(case.tokens.clamp(min=0).split([10, 14])),
+        "total_lengths": [10, 14],
+        "response_lengths": lengths,
+    }
+    for estimator in ("grpo", "gspo", "cispo"):
+        args = types.SimpleNamespace(
+            advantage_estimator=estimator,
+            eps_clip=0.2,
+            eps_clip_high=0.28,
+            eps_clip_c=None,
+            entropy_coef=0.1,
+            rollout_temperature=0.9,
+            use_kl_loss=False,
+            use_tis=False,
+            use_rollout_logprobs=False,
+            recompute_loss_function=False,
+        )
+        results = []
+        for ranks, logits in [(1, case.logits), (case.ranks, case.mine(case.logits))]:
+            mpu.get_tensor_model_parallel_world_size = lambda ranks=ranks: ranks
+            z = leaf(logits[None])
+            loss, metrics = slime.policy_loss(args, batch, z * 1.0, torch.mean)
+            loss.backward()
+            results.append((loss.detach(), metrics["entropy_loss"], z.grad[0]))
+        (wanted, entropy, grad), (got, same_entropy, mine) = results
+        near(got, wanted, 2e-6, estimator)
+        near(same_entropy, entropy, 2e-6, estimator)
+        near_gradient(mine, grad[:, case.columns], 4e-6, grad)
 
 
 if __name__ == "__main__":

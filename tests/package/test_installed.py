@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -30,6 +31,11 @@ def test_every_public_name_resolves():
 def test_import_is_lazy():
     code = "import sys, pyrlk; sys.exit('torch' in sys.modules or 'pyrlk._C' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["trl_options", "verl", "slime"])
+def test_the_integrations_are_installed(name):
+    assert importlib.import_module(f"pyrlk.integrations.{name}").objective_of is not None
 
 
 def test_top_level_is_pyrlk_alone():

@@ -1,6 +1,7 @@
 """pyrlk equals TRL 1.16: GRPOTrainer._compute_loss itself, called on a stub of its trainer.
 
 Loss and gradient by the log-probs in float64, every loss type, with masks that leave a row empty.
+Objective and normaliser are those of pyrlk.integrations.trl_options for the options of each case.
 What is different on purpose is a test_deviation_… below and a row of docs/frameworks.md.
 """
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import pyrlk
-from pyrlk import BNPO, CISPO, DAPO, GRPO, GSPO, LUSPO, SAPO, TIS, VESPO, DrGRPO
+from pyrlk import BNPO, GRPO, GSPO, SAPO, TIS, VESPO
+from pyrlk.integrations import trl_options as integration
 
 pytestmark = pytest.mark.peers
 trl = pytest.importorskip("trl", reason="pip install pyrlk[peers]")
@@ -118,48 +120,59 @@ def window(d):
 EPS = {"eps_low": 0.2, "eps_high": 0.28}
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon_low": 0.05, "epsilon_high": 0.08}
 NEAR = {"eps_low": 0.05, "eps_high": 0.08}
-# One row a loss type, its `delta`, and the levels that have a counterpart: TRL's options, the
-# objective, the normaliser.
+# One row a loss type, its `delta`, and the levels that have a counterpart: TRL's options.
 CASES = {
-    "grpo": ({}, GRPO(**EPS), rows),
-    "grpo delta": ({"delta": 1.1}, GRPO(**EPS, delta=1.1), rows),
-    "bnpo": ({}, BNPO(**EPS), tokens),
-    "bnpo delta": ({"delta": 1.4}, BNPO(**EPS, delta=1.4), tokens),
-    "dr_grpo": ({}, DrGRPO(LIMIT, **EPS), rows),
-    "dr_grpo delta": ({"delta": 1.4}, DrGRPO(LIMIT, **EPS, delta=1.4), rows),
-    "dapo": ({}, DAPO(**EPS), window),
-    "dapo delta": ({"delta": 1.5}, DAPO(**EPS, delta=1.5), window),
-    "cispo": ({"epsilon_high": 1.3}, CISPO(eps_high=1.3 - 1), window),
-    "sapo": ({}, SAPO(1.0, 1.25), rows),
-    "vespo": ({}, VESPO(), window),
-    "vespo parameters": (
-        {"vespo_k_pos": 1.5, "vespo_lambda_pos": 0.5, "vespo_k_neg": 0, "vespo_lambda_neg": 4.0},
-        VESPO(1.5, 0.5, 0, 4.0),
-        window,
-    ),
-    "luspo": (SEQUENCE, LUSPO(**NEAR), rows),
-    "luspo delta": (SEQUENCE | {"delta": 1.1}, LUSPO(**NEAR, delta=1.1), rows),
-    "luspo token": ({}, GRPO(**EPS, aggregation="sequence-sum"), rows),
-    "grpo sequence": (SEQUENCE, GSPO(**NEAR), rows),
-    "grpo sequence delta": (
-        SEQUENCE | {"delta": 1.1},
-        LUSPO(**NEAR, delta=1.1, aggregation="sequence"),
-        rows,
-    ),
-    "bnpo sequence": (SEQUENCE, GSPO(**NEAR, aggregation="token"), tokens),
-    "dapo sequence": (SEQUENCE, GSPO(**NEAR, aggregation="token"), window),
-    "dr_grpo sequence": (
-        SEQUENCE,
-        GSPO(**NEAR, aggregation="sequence-sum"),
-        lambda d: rows(d) * LIMIT,
-    ),
+    "grpo": {},
+    "grpo delta": {"delta": 1.1},
+    "bnpo": {},
+    "bnpo delta": {"delta": 1.4},
+    "dr_grpo": {},
+    "dr_grpo delta": {"delta": 1.4},
+    "dapo": {},
+    "dapo delta": {"delta": 1.5},
+    "cispo": {"epsilon_high": 1.3},
+    "sapo": {},
+    "vespo": {},
+    "vespo parameters": {
+        "vespo_k_pos": 1.5,
+        "vespo_lambda_pos": 0.5,
+        "vespo_k_neg": 0,
+        "vespo_lambda_neg": 4.0,
+    },
+    "luspo": SEQUENCE,
+    "luspo delta": SEQUENCE | {"delta": 1.1},
+    "luspo token": {},
+    "grpo sequence": SEQUENCE,
+    "grpo sequence delta": SEQUENCE | {"delta": 1.1},
+    "bnpo sequence": SEQUENCE,
+    "bnpo sequence delta": SEQUENCE | {"delta": 1.1},
+    "dapo sequence": SEQUENCE,
+    "dr_grpo sequence": SEQUENCE,
 }
 BY_NAME = pytest.mark.parametrize("name", CASES)
 
 
+def config(options):
+    """GRPOConfig, as far as the mapping reads it, of options that TRL's trainer has under its own
+    names."""
+    trainer = Stub(None, None, {"loss_type": "grpo"} | options)
+    names = ("loss_type", "importance_sampling_level", "max_completion_length", "epsilon_high")
+    given = vars(trainer.args) | {name: getattr(trainer, name) for name in names}
+    return types.SimpleNamespace(**given, epsilon=trainer.epsilon_low)
+
+
 def of(name, d):
-    options, objective, normalizer = CASES[name]
-    return {"loss_type": name.split()[0]} | options, objective, float(normalizer(d))
+    """(TRL's options, our objective, our normaliser)"""
+    options = {"loss_type": name.split()[0]} | CASES[name]
+    args = config(options)
+    normalizer = integration.normalizer_of(
+        args,
+        d.mask,
+        accumulation_steps=ACCUMULATION,
+        num_items_in_batch=torch.tensor(ITEMS),
+        processes=PROCESSES,
+    )
+    return options, integration.objective_of(args), normalizer
 
 
 @BY_NAME
@@ -248,7 +261,7 @@ def test_kl_to_a_reference(batch, compare, name, per_token):
     assert compare(got, theirs(d, beta=0.3, **options)) <= BOUND
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][0].keys().isdisjoint(SEQUENCE)])
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].keys().isdisjoint(SEQUENCE)])
 def test_bias_corrected_kl_is_kl_importance(batch, compare, name):
     d = batch()
     options, objective, normalizer = of(name, d)
@@ -269,18 +282,25 @@ def vllm_ratio(d, mode, low=None, high=2.0):
 
 @BY_NAME
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize(("what", "mode"), [("truncate", "clip"), ("mask", "mask")])
-def test_importance_sampling_correction_is_tis(batch, compare, name, level, what, mode):
+@pytest.mark.parametrize("what", ["truncate", "mask"])
+def test_importance_sampling_correction_is_tis(batch, compare, name, level, what):
     d = batch()
     options, objective, normalizer = of(name, d)
     ratio = vllm_ratio(d, f"{level}_{what}", high=1.1)
-    assert ((ratio == 0) if mode == "mask" else (ratio == 1.1)).any()
+    assert ((ratio == 0) if what == "mask" else (ratio == 1.1)).any()
+    vllm = types.SimpleNamespace(
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=f"{level}_{what}",
+        vllm_importance_sampling_clip_min=None,
+        vllm_importance_sampling_clip_max=1.1,
+    )
     got = ours(
         d,
         objective,
         normalizer=normalizer,
         rollout_logprobs=d.rollout,
-        correction=TIS(level, mode, 1.1),
+        correction=integration.correction_of(vllm),
         ref_logprobs=d.ref,
         kl_coef=0.3,
     )

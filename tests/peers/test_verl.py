@@ -2,19 +2,25 @@
 
 Each case runs twice: against the formula below (the ordinary suite) and, marked `peers`, against
 verl.trainer.ppo.core_algos. A formula is the loss of a token; `aggregate` makes one number of it.
+Our side is pyrlk.integrations.verl, which has verl's signature and reads verl's options.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import math
+import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
 
 import pyrlk
-from pyrlk import CISPO, DPPO, DRO, GMPO, GRPO, GSPO, PPO, REINFORCE, SAPO, ClipCov, DrGRPO, KLCov
+from pyrlk import CISPO, DPPO, GMPO, GRPO, GSPO, PPO, REINFORCE, SAPO, ClipCov, DrGRPO, KLCov
+from pyrlk.integrations import verl as integration
 
 LOW, HIGH = 0.2, 0.28
 
@@ -131,41 +137,32 @@ POLICY_LOSS = types.SimpleNamespace(
     ppo_kl_coef=0.7,
     dro_beta=0.3,
 )
-# verl's name: (formula, verl's options where they differ from LOW and HIGH, the objective).
+# verl's name: (formula, verl's options where they differ from those of `config` below).
 CASES = {
-    "vanilla": (vanilla, {}, PPO(**EPS, dual_clip=3.0)),
-    "vanilla dual clip": (vanilla, {"clip_ratio_c": 1.5}, PPO(**EPS, dual_clip=1.5)),
-    "dppo_tv": (dppo_tv, {}, DPPO("tv", **EPS)),
-    "dppo_tv truncated": (dppo_tv, {"clip_ratio_c": 1.2}, DPPO("tv", **EPS, max_ratio=1.2)),
+    "vanilla": (vanilla, {}),
+    "vanilla dual clip": (vanilla, {"clip_ratio_c": 1.5}),
+    "dppo_tv": (dppo_tv, {"clip_ratio_c": 20.0}),
+    "dppo_tv truncated": (dppo_tv, {"clip_ratio_c": 1.2}),
     "dppo_kl": (
         dppo_kl,
-        {"clip_ratio_low": 0.02, "clip_ratio_high": 0.028},
-        DPPO("kl", eps_low=0.02, eps_high=0.028),
+        {"clip_ratio_c": 20.0, "clip_ratio_low": 0.02, "clip_ratio_high": 0.028},
     ),
-    "gspo": (
-        gspo,
-        {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08},
-        GSPO(0.05, 0.08, token_level=True),
-    ),
-    "sapo": (sapo, {}, SAPO(1.0, 1.05)),
-    "gpg": (gpg, {}, REINFORCE()),
-    "clip_cov": (clip_cov, {}, ClipCov(**EPS, share=1.0, cov_low=0.5, cov_high=2.0)),
-    "kl_cov": (kl_cov, {}, KLCov(share=0.2, kl_coef=0.7)),
-    "geo_mean": (geo_mean, {}, GMPO(**EPS)),
-    "dro": (dro, {}, DRO(beta=0.3)),
-    "cispo": (cispo, {}, CISPO(**EPS)),
+    "gspo": (gspo, {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08}),
+    "sapo": (sapo, {}),
+    "gpg": (gpg, {}),
+    "clip_cov": (clip_cov, {}),
+    "kl_cov": (kl_cov, {}),
+    "geo_mean": (geo_mean, {}),
+    "dro": (dro, {}),
+    "cispo": (cispo, {}),
 }
-# verl's loss_agg_mode: (aggregation, normaliser).
-MODES = {
-    "token-mean": ("token", lambda mask: None),
-    "token-sum": ("token", lambda mask: 1.0),
-    "seq-mean-token-sum": ("sequence-sum", lambda mask: None),
-    "seq-mean-token-sum-norm": (
-        "sequence-sum",
-        lambda mask: float((mask.sum(-1) > 0).sum() * mask.shape[-1]),
-    ),
-    "seq-mean-token-mean": ("sequence", lambda mask: None),
-}
+MODES = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+)
 BOUND = 1e-12
 PEERS = [pytest.param(False, id="formula"), pytest.param(True, id="verl", marks=pytest.mark.peers)]
 every_case = pytest.mark.parametrize("name", CASES)
@@ -191,30 +188,46 @@ def ours(d, objective, **options):
     )
 
 
-def verl_loss(core, d, name, mode, *, weights=None, batch_info=None, **options):
-    """(loss, gradient) of verl's own function."""
+def config(base=object, *, batch_info=None, **options):
+    """What the losses read of verl's ActorConfig."""
 
-    class Config(core.ActorConfig):
+    class Config(base):
         clip_ratio, clip_ratio_low, clip_ratio_high = LOW, LOW, HIGH
+        clip_ratio_c = 3.0
         tau_pos, tau_neg = 1.0, 1.05
         policy_loss = POLICY_LOSS
         global_batch_info = batch_info or {}
 
         def get(self, key, default):
-            return options.get(key, default)
+            return getattr(self, key, default)
 
     for key, value in options.items():
         setattr(Config, key, value)
-    loss = core.POLICY_LOSS_REGISTRY[name.split()[0]]
+    return Config()
+
+
+def called(loss, d, mode, given, weights):
     call = {
         "old_log_prob": d.old,
         "advantages": spread(d),
         "response_mask": d.mask,
         "loss_agg_mode": mode,
-        "config": Config(),
+        "config": given,
         "rollout_is_weights": weights,
     }
     return by_logprobs(d, lambda x: loss(log_prob=x, **call)[0])
+
+
+def verl_loss(core, d, name, mode, *, weights=None, **options):
+    """(loss, gradient) of verl's own function."""
+    loss = core.POLICY_LOSS_REGISTRY[name.split()[0]]
+    return called(loss, d, mode, config(core.ActorConfig, **options), weights)
+
+
+def integrated(d, name, mode, *, weights=None, **options):
+    """(loss, gradient) of ours, called as verl calls its own."""
+    loss = functools.partial(integration.policy_loss, name.split()[0])
+    return called(loss, d, mode, config(**options), weights)
 
 
 @pytest.fixture
@@ -228,7 +241,7 @@ def theirs(request, real):
     else:
 
         def call(d, name, mode):
-            formula, options, _ = CASES[name]
+            formula, options = CASES[name]
             known = {k: v for k, v in options.items() if k == "clip_ratio_c"}
             return by_logprobs(
                 d,
@@ -236,10 +249,6 @@ def theirs(request, real):
             )
 
     return call
-
-
-def replaced(objective, aggregation):
-    return dataclasses.replace(objective, aggregation=aggregation)
 
 
 def own_mode(name, mode):
@@ -254,8 +263,7 @@ def own_mode(name, mode):
 def test_loss_and_gradient_equal(batch, compare, theirs, real, name, per_token, seed):
     d = batch(seed, per_token=per_token, empty_row=name != "geo_mean")
     mode = own_mode(name, "token-mean")
-    aggregation, normalizer = MODES[mode]
-    got = ours(d, replaced(CASES[name][2], aggregation), normalizer=normalizer(d.mask))
+    got = integrated(d, name, mode, **CASES[name][1])
     assert compare(got, theirs(d, name, mode)) <= BOUND
 
 
@@ -264,8 +272,7 @@ def test_loss_and_gradient_equal(batch, compare, theirs, real, name, per_token, 
 @both_peers
 def test_every_aggregation(batch, compare, theirs, real, name, mode):
     d = batch(1)
-    aggregation, normalizer = MODES[mode]
-    got = ours(d, replaced(CASES[name][2], aggregation), normalizer=normalizer(d.mask))
+    got = integrated(d, name, mode, **CASES[name][1])
     assert compare(got, theirs(d, name, mode)) <= BOUND
 
 
@@ -274,13 +281,12 @@ def test_every_aggregation(batch, compare, theirs, real, name, mode):
 def test_through_logits(batch, compare, theirs, real, name):
     d = batch(2, empty_row=name != "geo_mean")
     mode = own_mode(name, "token-mean")
-    aggregation, _ = MODES[mode]
     loss, slope = theirs(d, name, mode)
     z = d.logits.clone().requires_grad_()
     logprobs = z.log_softmax(-1).gather(-1, d.tokens[..., None])[..., 0]
     (grad,) = torch.autograd.grad(logprobs, z, slope)
     leaf = d.logits.clone().requires_grad_()
-    objective = replaced(CASES[name][2], aggregation)
+    objective = integration.objective_of(config(**CASES[name][1]), name.split()[0], mode)
     value = pyrlk.policy_loss(
         leaf, d.tokens, d.old, d.advantages[:, 0], d.mask, objective=objective
     )
@@ -291,36 +297,83 @@ def test_through_logits(batch, compare, theirs, real, name):
 @every_case
 @pytest.mark.peers
 def test_rollout_weights_are_tis(batch, compare, verl, name):
+    """Weights that verl has computed, and the correction that computes them here."""
     d = batch(1, empty_row=name != "geo_mean")
     weights = torch.where(d.mask > 0, d.old - d.rollout, 0.0).exp().clamp(max=1.1)
-    mode = own_mode(name, "token-mean")
-    aggregation, _ = MODES[mode]
+    mode, options = own_mode(name, "token-mean"), CASES[name][1]
+    expected = verl_loss(verl, d, name, mode, weights=weights, **options)
+    assert compare(integrated(d, name, mode, weights=weights, **options), expected) <= BOUND
     tis = {"rollout_logprobs": d.rollout, "correction": pyrlk.TIS(max_ratio=1.1)}
-    got = ours(d, replaced(CASES[name][2], aggregation), **tis)
-    expected = verl_loss(verl, d, name, mode, weights=weights, **CASES[name][1])
-    assert compare(got, expected) <= BOUND
+    objective = integration.objective_of(config(**options), name.split()[0], mode)
+    assert compare(ours(d, objective, **tis), expected) <= BOUND
+
+
+@every_case
+@pytest.mark.peers
+def test_rollout_weights_of_zero(batch, compare, verl, name):
+    """What verl's rejection leaves of a token: nothing, and no NaN."""
+    d = batch(1, empty_row=name != "geo_mean")
+    weights = torch.where(d.mask > 0, d.old - d.rollout, 0.0).exp()
+    weights = torch.where(weights > 1.1, 0.0, weights)
+    mode, options = own_mode(name, "token-mean"), CASES[name][1]
+    expected = verl_loss(verl, d, name, mode, weights=weights, **options)
+    assert compare(integrated(d, name, mode, weights=weights, **options), expected) <= BOUND
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("mode", "info", "normalizer"),
+    ("mode", "info"),
     [
-        ("token-mean", {"dp_size": 4, "batch_num_tokens": 100}, 100 / 4),
-        ("token-sum", {"dp_size": 4}, 1 / 4),
-        ("seq-mean-token-sum", {"dp_size": 4, "global_batch_size": 24}, 24 / 4),
-        ("seq-mean-token-mean", {"dp_size": 4, "global_batch_size": 24}, 24 / 4),
+        ("token-mean", {"dp_size": 4, "batch_num_tokens": 100}),
+        ("token-sum", {"dp_size": 4}),
+        ("seq-mean-token-sum", {"dp_size": 4, "global_batch_size": 24}),
+        ("seq-mean-token-mean", {"dp_size": 4, "global_batch_size": 24}),
+        ("seq-mean-token-sum-norm", {"dp_size": 4, "global_batch_size": 24}),
+        ("seq-mean-token-sum-norm", {"loss_scale_factor": 30}),
         (
             "seq-mean-token-sum-norm",
             {"dp_size": 4, "global_batch_size": 24, "loss_scale_factor": 30},
-            30 * 24 / 4,
         ),
     ],
 )
-def test_global_batch_is_a_normaliser(batch, compare, verl, mode, info, normalizer):
+def test_global_batch_is_a_normaliser(batch, compare, verl, mode, info):
     d = batch()
-    aggregation, _ = MODES[mode]
-    got = ours(d, replaced(PPO(**EPS, dual_clip=3.0), aggregation), normalizer=normalizer)
+    got = integrated(d, "vanilla", mode, batch_info=info)
     assert compare(got, verl_loss(verl, d, "vanilla", mode, batch_info=info)) <= BOUND
+
+
+@pytest.mark.peers
+def test_metrics_equal(batch, verl):
+    """pg_clipfrac and ppo_kl under verl's names, from the same batch."""
+    d = batch()
+    arguments = {"response_mask": d.mask, "loss_agg_mode": "token-mean"}
+    _, want = verl.POLICY_LOSS_REGISTRY["vanilla"](
+        d.old, d.logprobs, spread(d), config=config(verl.ActorConfig), **arguments
+    )
+    _, got = integration.policy_loss(
+        "vanilla", d.old, d.logprobs, spread(d), config=config(), **arguments
+    )
+    assert want["actor/pg_clipfrac"] > 0
+    for name in ("actor/pg_clipfrac", "actor/ppo_kl"):
+        assert got[name] == pytest.approx(want[name], rel=1e-6)  # verl averages in float32
+
+
+@pytest.mark.peers
+def test_register_gives_verl_every_mode(batch, compare, verl):
+    """Through verl's own registry, as its workers look a loss up."""
+    d = batch()
+    with mock.patch.dict(verl.POLICY_LOSS_REGISTRY):
+        known = set(verl.POLICY_LOSS_REGISTRY)
+        stubs = {"verl.trainer.ppo.core_algos": verl}
+        for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
+            stubs[name] = types.ModuleType(name)
+        with mock.patch.dict(sys.modules, stubs):
+            importlib.import_module("pyrlk.integrations.verl_register")  # as external_lib does
+        added = set(verl.POLICY_LOSS_REGISTRY) - known
+        assert added == {f"pyrlk_{mode}" for mode in known - {"bypass_mode"}}
+        loss = verl.get_policy_loss_fn("pyrlk_vanilla")
+        got = called(loss, d, "token-mean", config(), None)
+    assert compare(got, verl_loss(verl, d, "vanilla", "token-mean")) <= BOUND
 
 
 @pytest.mark.peers
@@ -434,6 +487,7 @@ def test_deviation_geo_mean_counts_empty_rows(batch, compare, verl):
     expected = verl_loss(verl, d, "geo_mean", "token-mean")
     assert compare(ours(d, GMPO(**EPS)), expected) > 0.1
     assert compare(ours(d, GMPO(**EPS), normalizer=len(d.mask)), expected) < 1e-7
+    assert compare(integrated(d, "geo_mean", "token-mean"), expected) < 1e-7
 
 
 @pytest.mark.peers
