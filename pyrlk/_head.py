@@ -317,11 +317,7 @@ def _attach_setup(ctx, inputs, output):
 
 
 def _attach_backward(ctx, factor):
-    if ctx.spent:
-        raise RuntimeError(
-            "second backward through the same pyrlk loss: its gradient was handed over by the first"
-        )
-    ctx.spent = True
+    _op.enter_once(ctx, "its gradient was handed over by the first")
     *grads, unit = ctx.saved_tensors
     if torch.is_grad_enabled():
         raise RuntimeError("pyrlk losses are differentiable once: create_graph is not supported")

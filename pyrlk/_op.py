@@ -142,12 +142,19 @@ def _flattened(body: Callable) -> tuple[inspect.Signature, Callable]:
 
 
 def by_device(*, cpu: Callable, cuda: Callable) -> Callable:
-    """The kernel for the device of its first argument, a tensor."""
+    """The kernel for the device of its first argument, a tensor; called inside an op."""
 
     def kernel(x: Tensor, *args):
         return (cuda if x.is_cuda else cpu)(x, *args)
 
-    return _on_its_device(kernel)
+    return kernel
+
+
+def enter_once(ctx: Any, why: str) -> None:
+    """Of a backward that may run once; its setup has set `ctx.spent` to False."""
+    if ctx.spent:
+        raise RuntimeError(f"second backward through the same pyrlk loss: {why}")
+    ctx.spent = True
 
 
 def mutates_only(*_args, **_kwargs) -> None:

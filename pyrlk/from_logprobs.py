@@ -137,11 +137,7 @@ def _once_setup(ctx, inputs, output):
 
 
 def _once_backward(ctx, factor):
-    if ctx.spent:
-        raise RuntimeError(
-            "second backward through the same pyrlk loss: losses are differentiable once"
-        )
-    ctx.spent = True
+    _op.enter_once(ctx, "losses are differentiable once")
     return factor
 
 

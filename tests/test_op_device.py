@@ -33,12 +33,13 @@ def tensor(index):
 @pytest.mark.parametrize(("index", "changes"), [(HERE, []), (1, [1])])
 def test_a_kernel_is_launched_where_its_first_tensor_is(visited, index, changes):
     kernel = _op.by_device(cpu=None, cuda=lambda x, y: (list(visited), y))
-    assert kernel(tensor(index), 5) == (changes, 5)
+    assert _op._on_its_device(kernel)(tensor(index), 5) == (changes, 5)
 
 
 def test_the_cpu_asks_no_driver(visited, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", None)
-    assert _op.by_device(cpu=lambda x, y: y, cuda=None)(torch.ones(1), 5) == 5
+    kernel = _op.by_device(cpu=lambda x, y: y, cuda=None)
+    assert _op._on_its_device(kernel)(torch.ones(1), 5) == 5
 
 
 def test_ops_are_guarded_with_torch_library_and_without(visited):

@@ -20,6 +20,11 @@ def missing(name: str, install: str, error: ImportError) -> NoReturn:
     raise ImportError(f"{name} needs {install} ({error})") from error
 
 
+def lower(eps: float) -> float:
+    """eps_low of a ratio. That is never below 0: a bound under it is no bound, and neither is 0."""
+    return min(eps, 1.0)
+
+
 def weighted(old_logprobs: Tensor, weights: Tensor) -> dict[str, Any]:
     """The options of a loss by which each token's policy term is multiplied by its weight.
 

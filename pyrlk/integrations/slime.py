@@ -20,7 +20,7 @@ from torch import Tensor
 from ..loss import policy_loss as _policy_loss
 from ..objective import CISPO, GSPO, PPO, TIS, Objective
 from ..support import Support
-from . import missing
+from . import lower, missing
 
 _KL = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
 _ICEPOP = "icepop_function"  # the end of slime's path to it
@@ -130,8 +130,7 @@ def objective_of(args: Any) -> Objective:
         if args.advantage_estimator == "gspo":
             raise ValueError("--eps-clip-c has no equal under --advantage-estimator gspo")
         c = None  # slime does not read it there
-    # A ratio is never below 0: a bound of 1 − eps_clip under it is no bound, and neither is 0.
-    low = min(low, 1.0)
+    low = lower(low)
     if args.advantage_estimator == "gspo":
         return GSPO(low, high, aggregation="token")
     if args.advantage_estimator == "cispo":

@@ -12,7 +12,7 @@ verl adds its entropy bonus and its KL to a reference itself, after the policy l
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from ..objective import (
     KLCov,
     Objective,
 )
-from . import missing, weighted
+from . import lower, missing, weighted
 
 PREFIX = "pyrlk_"
 MODES = (
@@ -153,15 +153,15 @@ def objective_of(
     aggregation = _AGGREGATIONS[agg]
     low = _of(config, "clip_ratio_low", config.clip_ratio)
     high = _of(config, "clip_ratio_high", config.clip_ratio)
-    # A ratio is never below 0: a bound of 1 − eps_low under it is no bound, and neither is 0.
-    eps = {"eps_low": min(low, 1.0), "eps_high": high}
+    eps = {"eps_low": lower(low), "eps_high": high}
     own = _of(config, "policy_loss", None)
     if mode == "vanilla":
         c = _of(config, "clip_ratio_c", 3.0)
         return PPO(**eps, dual_clip=c, aggregation=aggregation)
     if mode in ("dppo_tv", "dppo_kl"):
-        kind, c = mode.removeprefix("dppo_"), _of(config, "clip_ratio_c", 20.0)
-        return DPPO(kind, low, high, max_ratio=c, aggregation=aggregation)  # type: ignore[arg-type]
+        c = _of(config, "clip_ratio_c", 20.0)
+        kind: Literal["tv", "kl"] = "tv" if mode == "dppo_tv" else "kl"
+        return DPPO(kind, low, high, max_ratio=c, aggregation=aggregation)
     if mode == "gspo":
         return GSPO(**eps, token_level=True, aggregation=aggregation)
     if mode == "sapo":

@@ -230,7 +230,7 @@ def plan(specs: Sequence[Spec], bucket_bytes: int, segments: Sequence[int] = ())
             segment, offset = spec.direct
             entries.append(Entry(spec.name, spec.shape, spec.dtype, -1 - segment, offset, nbytes))
             continue
-        offset = _aligned(buckets[-1]) if buckets else 0
+        offset = aligned(buckets[-1]) if buckets else 0
         if not buckets or offset + nbytes > bucket_bytes or pieces == MAX_PIECES:
             buckets.append(0)
             offset, pieces = 0, 0
@@ -311,7 +311,8 @@ def decode(data: bytes) -> Layout:
     return layout
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """Where the next tensor may begin."""
     return (offset + ALIGN - 1) // ALIGN * ALIGN
 
 

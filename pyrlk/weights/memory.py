@@ -18,6 +18,7 @@ import enum
 import functools
 import hashlib
 import itertools
+import math
 import os
 import secrets
 import weakref
@@ -32,8 +33,8 @@ from torch import Tensor, nn
 from pyrlk import _C
 
 from .errors import ProtocolError, StagingError, Unsupported
+from .layout import aligned
 
-_ALIGN = 256
 NO_GPU = bytes(16)
 Placed = tuple[Tensor, int]  # a tensor and its offset in the segment
 
@@ -126,10 +127,7 @@ class Segment:
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor on the segment's memory."""
-        count = 1
-        for size in shape:
-            count *= size
-        return self.flat[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+        return _view(self.flat, offset, shape, dtype)
 
     def pack(self, sources: Copies, *, checksum: bool, threads: int) -> list[int]:
         """Copy tensors in; the sum of each, or an empty list."""
@@ -211,6 +209,11 @@ class Segment:
             self._summed = {}
 
 
+def _view(flat: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    nbytes = math.prod(shape) * dtype.itemsize
+    return flat[offset : offset + nbytes].view(dtype).view(shape)
+
+
 class Host(Segment):
     """Shared memory of this machine."""
 
@@ -286,13 +289,8 @@ def _share_gpu(tensors: list[Tensor], device: torch.device) -> None:
 
 def _side_by_side(tensors: Iterable[Tensor]) -> tuple[list[int], int]:
     """Aligned offsets of tensors in one piece of memory, and its bytes."""
-    ends = list(itertools.accumulate(map(_room, tensors), initial=0))
+    ends = list(itertools.accumulate((aligned(t.nbytes) for t in tensors), initial=0))
     return ends[:-1], ends[-1]
-
-
-def _room(tensor: Tensor) -> int:
-    """Bytes of a tensor, up to where the next may begin."""
-    return -(-tensor.nbytes // _ALIGN) * _ALIGN
 
 
 def _portions(tensors: Iterable[Tensor], nbytes: int) -> Iterator[list[Tensor]]:
@@ -300,11 +298,11 @@ def _portions(tensors: Iterable[Tensor], nbytes: int) -> Iterator[list[Tensor]]:
     part: list[Tensor] = []
     end = 0
     for tensor in tensors:
-        if part and end + _room(tensor) > nbytes:
+        if part and end + aligned(tensor.nbytes) > nbytes:
             yield part
             part, end = [], 0
         part.append(tensor)
-        end += _room(tensor)
+        end += aligned(tensor.nbytes)
     if part:
         yield part
 
@@ -312,7 +310,7 @@ def _portions(tensors: Iterable[Tensor], nbytes: int) -> Iterator[list[Tensor]]:
 def _move(tensors: Iterable[Tensor], flat: Tensor, places: Iterable[int]) -> None:
     """Give tensors the memory of `flat`, with what they hold."""
     for tensor, offset in zip(tensors, places, strict=True):
-        view = flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        view = _view(flat, offset, tuple(tensor.shape), tensor.dtype)
         view.copy_(tensor)
         tensor.data = view
 

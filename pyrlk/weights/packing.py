@@ -84,7 +84,7 @@ class TensorPlan(Plan):
     def __init__(self, source: Source, bucket_bytes: int, in_place: bool):
         source.note()
         self.source = source
-        self._found, self._exports = source.exports() if in_place else (memory.Exports(), [])
+        self._found, self._exports = source.exports if in_place else (memory.Exports(), [])
         segments: list[memory.Segment] = []
         specs = source.specs(self._direct(segments))
         layout = layouts.plan(specs, bucket_bytes, [s.nbytes for s in segments])
@@ -129,7 +129,7 @@ class TensorPlan(Plan):
         same = source.addresses == self.source.addresses or self._found.empty
         if not in_place or (same and self._found.hold()):
             return True
-        self._found, exports = source.exports()
+        self._found, exports = source.exports
         return exports == self._exports
 
     def take(self, source: Source) -> None:

@@ -27,7 +27,7 @@ from .ranks import Ranks
 from .references import References
 from .report import Clock, EngineReport, UpdateReport
 from .session import Session, Target
-from .source import ModuleState, NamedTensors, Sharded, Source
+from .source import ModuleState, NamedTensors, Sharded, Source, checked
 from .staging import Mirrors
 
 SELECTORS = ("all", "target", "draft")
@@ -372,9 +372,9 @@ class Publisher:
             if self._module is None or not self._module.of(named_tensors):
                 known = gather.is_hf(named_tensors)
                 self._module = (gather.Checkpoint if known else ModuleState)(named_tensors)
-            source = Source.of_module(self._module.tensors())
+            source = Source(self._module.tensors())
         else:
-            source = Source(named_tensors)
+            source = Source(checked(named_tensors))
         plan = self._plan
         if isinstance(plan, TensorPlan) and plan.fits(source, self._direct):
             plan.take(source)

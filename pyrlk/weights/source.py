@@ -8,6 +8,7 @@ forms and owners as before: the layout stands, and only the addresses are new
 from __future__ import annotations
 
 import abc
+import functools
 import itertools
 import operator
 import weakref
@@ -118,30 +119,11 @@ def _owners(addresses: list[int]) -> list[int]:
 class Source(Table):
     """What a trainer hands over; nothing is copied."""
 
-    def __init__(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]):
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in _pairs(named_tensors):
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"named_tensors: {name!r} is a {type(tensor).__name__}, wanted a str and a "
-                    "Tensor"
-                )
-            if name in tensors:
-                raise ValueError(f"named_tensors: {name!r} comes twice")
-            tensors[name] = tensor
-        super().__init__(tensors)
-
     def placement(self) -> torch.device:
         """Where to stage."""
         return memory.placement(zip(self.names, self.tensors, strict=True))
 
-    @classmethod
-    def of_module(cls, tensors: dict[str, Tensor]) -> Source:
-        """Of what `ModuleState` has found, which need not be looked through again."""
-        source = cls(())
-        Table.__init__(source, tensors)
-        return source
-
+    @functools.cached_property
     def exports(self) -> tuple[memory.Exports, list[memory.Export | None]]:
         """Of each tensor, where an engine could read it without staging; empty for none at all."""
         found = memory.Exports()
@@ -183,6 +165,22 @@ class Source(Table):
                     f"{name!r} is a {type(tensor).__name__} without memory of its own: pass the "
                     "plain tensors that it is made of"
                 )
+
+
+def checked(
+    named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+) -> dict[str, Tensor]:
+    """What a user calls named_tensors; what `ModuleState` has found need not be looked through."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _pairs(named_tensors):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"named_tensors: {name!r} is a {type(tensor).__name__}, wanted a str and a Tensor"
+            )
+        if name in tensors:
+            raise ValueError(f"named_tensors: {name!r} comes twice")
+        tensors[name] = tensor
+    return tensors
 
 
 def _pairs(named_tensors: Any) -> Iterator[tuple[Any, Any]]:

@@ -1,7 +1,7 @@
 // A CUDA driver for tests: "device memory" is a shared file, a handle is its path. It keeps the
 // driver's rules: handles are of whole allocations, the exporter cannot open its own, a double close
 // is an error; and it writes each call to $FAKE_CUDA_LOG. $FAKE_CUDA_FAIL is "<call> <anything>": for
-// each new value that call fails once; "<call>*3 <anything>": thrice.
+// each new value that call fails once; "<call>*2 <anything>": twice.
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
